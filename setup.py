@@ -1,0 +1,88 @@
+"""Builds torch_kvq/_C: schemas, CPU kernels once per instruction set, MPS host code on macOS."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).resolve().parent
+
+try:
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
+except ImportError:
+    sys.exit(
+        "torch_kvq builds against the PyTorch you run: install torch first "
+        "(pip install torch==2.13.0), then pip install --no-build-isolation torch_kvq"
+    )
+
+MACOS = sys.platform == "darwin"
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-Wall"]
+# One rounding per written operation: codes must not depend on the compiler (reference.py).
+KERNEL_FLAGS = [*CXX_FLAGS, "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+INSTRUCTION_SETS = {
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": [
+        "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq",
+        "-mavx2", "-mfma", "-mf16c", "-mprefer-vector-width=512",
+    ],
+}  # fmt: skip
+
+
+def compiler_accepts(compiler: list[str], flags: list[str]) -> bool:
+    command = [*compiler, *flags, "-x", "c++", "-fsyntax-only", "-"]
+    return subprocess.run(command, input=b"", capture_output=True).returncode == 0
+
+
+class Build(BuildExtension):
+    """Compiles csrc/cpu/kernels once per instruction set, then the rest as usual."""
+
+    def build_extension(self, ext) -> None:
+        compiler = list(getattr(self.compiler, "compiler_cxx", None) or ["c++"])
+        if shutil.which(compiler[0]) is None:
+            sys.exit(
+                f"torch_kvq needs a C++20 compiler and found no {compiler[0]!r}: install g++ "
+                "(apt install g++), or on macOS the command line tools (xcode-select --install)"
+            )
+        sets = {"baseline": []}
+        if X86:
+            sets |= {
+                name: flags
+                for name, flags in INSTRUCTION_SETS.items()
+                if compiler_accepts(compiler[:1], flags)
+            }
+        kernels = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu/kernels").glob("*.cpp"))
+        for name, flags in sets.items():
+            ext.extra_objects += self.compiler.compile(
+                kernels,
+                output_dir=str(Path(self.build_temp) / name),
+                include_dirs=[str(ROOT / "csrc")],
+                extra_postargs=[*KERNEL_FLAGS, f"-DKVQ_ISA={name}", *flags],
+            )
+        ext.define_macros += [(f"KVQ_HAVE_{n.upper()}", "1") for n in sets if n != "baseline"]
+        super().build_extension(ext)
+
+
+def sources() -> list[str]:
+    found = [*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")]
+    return sorted(str(p.relative_to(ROOT)) for p in found)
+
+
+openmp = [] if MACOS else ["-fopenmp"]
+setup(
+    ext_modules=[
+        CppExtension(
+            "torch_kvq._C",
+            sources(),
+            include_dirs=[str(ROOT / "csrc")],
+            extra_compile_args=[*CXX_FLAGS, *openmp],
+            extra_link_args=openmp,
+        )
+    ],
+    cmdclass={"build_ext": Build},
+)
