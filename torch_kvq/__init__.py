@@ -1,5 +1,13 @@
 """Quantised KV cache for PyTorch: attention on packed keys and values."""
 
-import torch  # noqa: F401  (its libraries must be loaded before ours)
+import torch as _torch  # noqa: F401  (its libraries must be loaded before ours)
 
 from torch_kvq import _C as _C  # registers torch.ops.kvq
+from torch_kvq import fake as _fake  # noqa: F401
+from torch_kvq import ops
+from torch_kvq.cache import QuantizedKVCache
+from torch_kvq.formats import FORMATS, KVFormat
+from torch_kvq.ops import Packed
+
+__version__ = "0.1.0"
+__all__ = ["FORMATS", "KVFormat", "Packed", "QuantizedKVCache", "ops"]

@@ -1,0 +1,48 @@
+"""Shared fixtures. ``pytest --device mps`` runs the same files on MPS: a Mac's, or on Linux the
+software device of tests/softmetal."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", choices=("cpu", "mps"))
+    parser.addoption("--slow", action="store_true", help="also run the heavy sweeps")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--device") == "mps" and sys.platform != "darwin":
+        from tests.softmetal import install
+
+        install()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--slow"):
+        return
+    skip = pytest.mark.skip(reason="slow: run with --slow (make test-all)")
+    for item in items:
+        if "slow" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> str:
+    return request.config.getoption("--device")
+
+
+@pytest.fixture(scope="session")
+def code_model() -> Path:
+    """Folder of the trained 28M-parameter model used for end-to-end tests."""
+    given = os.environ.get("KVQ_TEST_MODEL")
+    folder = Path(given) if given else ROOT.parent / "shared" / "models" / "code-28m"
+    if not (folder / "config.json").is_file():
+        pytest.skip(f"no model at {folder}; set KVQ_TEST_MODEL to its folder")
+    return folder

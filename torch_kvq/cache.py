@@ -1,0 +1,645 @@
+"""QuantizedKVCache: one attention layer's quantised key/value cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from torch_kvq import ops
+from torch_kvq.codebooks import SIGNS_SEED, hadamard_signs
+from torch_kvq.formats import FLOAT_DTYPES, SCALE_DTYPES, KVFormat, default_scale_dtype
+from torch_kvq.ops import Format, Packed
+
+_NONE = KVFormat("none")
+
+
+@dataclass
+class KVView:
+    """What :meth:`QuantizedKVCache.append` returns: the keys and values its queries attend to.
+
+    A view reads the cache's own storage and is good until the next change of the cache.
+    """
+
+    keys: Packed
+    values: Packed
+    #: tokens held, the newest included: int, or int64 [B]
+    length: int | torch.Tensor
+    #: newest tokens appended by this call, L
+    tokens: int
+    ring: bool = False
+    #: the tokens as they came in, unquantised: a prefill into an empty cache
+    fresh: bool = False
+    #: first valid position, int64 [B]
+    start: torch.Tensor | None = None
+
+
+@dataclass
+class _HostLength:
+    """The longest row's length, where the host knows it; None after compiled steps.
+
+    Not an attribute of the module itself: torch.compile would specialise on its value.
+    """
+
+    value: int | None = 0
+    #: the oldest position that a crop may make visible again (ring or recent window)
+    oldest: int = 0
+
+
+class QuantizedKVCache(nn.Module):
+    """The keys and values of one attention layer, packed.
+
+    Letters as in :mod:`torch_kvq.ops`: B batch, G KV heads, S capacity, D and Dv head sizes.
+
+    Args:
+        batch_size: B.
+        kv_heads: G.
+        head_dim: D.
+        k_format, v_format: a :class:`KVFormat` or its name; V takes K's unless given.
+        value_dim: Dv, D unless given.
+        capacity: tokens to hold, allocated at once; lengths are then an int64 [B] tensor on the
+            device, so that a step compiles to one graph and rows may differ in length. Without
+            it the cache grows by blocks of ``block_size`` and all rows have one length.
+        window: > 0: sliding-window attention; a ring holds window + rollback_tokens tokens.
+        sink_tokens, recent_tokens: the first and the last tokens that attention reads in full
+            precision (they are also packed, so leaving the window costs nothing).
+        rollback_tokens: how far ``crop`` may go back in a ring or a recent window.
+        dtype: dtype of the keys and values.
+        scale_dtype: dtype of scales; float16 for half and bfloat16, float32 for float32.
+        k_mean, v_mean: float32 [G, D] and [G, Dv], subtracted before quantising.
+        k_encoder, v_encoder: see :func:`torch_kvq.ops.quantize`; "auto" is "unbiased" for tq keys.
+        signs_seed: seed of the random signs of rotated formats.
+
+    Quantisation is per token, so ``crop`` is exact: append, crop, append leaves the bytes and
+    outputs of never having appended.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        kv_heads: int,
+        head_dim: int,
+        *,
+        k_format: Format = "int8",
+        v_format: Format | None = None,
+        value_dim: int | None = None,
+        capacity: int | None = None,
+        block_size: int = 64,
+        window: int = 0,
+        sink_tokens: int = 0,
+        recent_tokens: int = 0,
+        rollback_tokens: int = 64,
+        dtype: torch.dtype = torch.float32,
+        scale_dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        k_mean: torch.Tensor | None = None,
+        v_mean: torch.Tensor | None = None,
+        k_encoder: str = "auto",
+        v_encoder: str = "auto",
+        signs_seed: int = SIGNS_SEED,
+    ) -> None:
+        super().__init__()
+        self.k_format = KVFormat.parse(k_format)
+        self.v_format = KVFormat.parse(v_format if v_format is not None else k_format)
+        self.batch_size, self.kv_heads = batch_size, kv_heads
+        self.head_dim, self.value_dim = head_dim, value_dim or head_dim
+        self.k_format.check_head_dim(self.head_dim, "cache")
+        self.v_format.check_head_dim(self.value_dim, "cache")
+        for name, count in (
+            ("window", window),
+            ("sink_tokens", sink_tokens),
+            ("recent_tokens", recent_tokens),
+            ("rollback_tokens", rollback_tokens),
+        ):
+            if count < 0:
+                raise ValueError(f"[kvq.cache] {name} must not be negative, got {count}")
+        if dtype not in FLOAT_DTYPES:
+            raise TypeError(f"[kvq.cache] dtype must be float32, float16 or bfloat16, got {dtype}")
+        scale_dtype = scale_dtype or default_scale_dtype(dtype)
+        if scale_dtype not in SCALE_DTYPES:
+            raise TypeError(f"[kvq.cache] scale_dtype must be a float dtype, got {scale_dtype}")
+        if window and sink_tokens:
+            raise ValueError("[kvq.cache] sink_tokens leave a sliding window; use one or the other")
+        self.dtype, self.scale_dtype = dtype, scale_dtype
+        self.static = capacity is not None
+        self.window, self.rollback_tokens, self.block_size = window, rollback_tokens, block_size
+        self.sink_tokens, self.recent_tokens = sink_tokens, recent_tokens
+        self.signs_seed = signs_seed
+        self.k_encoder = self._encoder(k_encoder, self.k_format, "unbiased")
+        self.v_encoder = self._encoder(v_encoder, self.v_format, "default")
+        #: most tokens the storage may hold; None grows without bound
+        self.limit = capacity
+        #: wraps around; a static cache too short to wrap is a plain one
+        self.ring = window > 0 and (capacity is None or capacity > window + rollback_tokens)
+        if self.ring:
+            self.limit = window + rollback_tokens
+        first = (self.limit or 0) if self.static else 0
+        make = dict(dtype=dtype, scale_dtype=scale_dtype, device=device)
+        self._register("k", self.k_format.empty(batch_size, kv_heads, first, head_dim, **make))
+        self._register(
+            "v", self.v_format.empty(batch_size, kv_heads, first, self.value_dim, **make)
+        )
+        for side, fmt, size, mean in (
+            ("k", self.k_format, head_dim, k_mean),
+            ("v", self.v_format, self.value_dim, v_mean),
+        ):
+            signs = hadamard_signs(size, signs_seed, device) if fmt.rotate else None
+            self.register_buffer(f"{side}_signs", signs, persistent=False)
+            if mean is not None:
+                mean = mean.to(device=device, dtype=torch.float32).reshape(kv_heads, size)
+            self.register_buffer(f"{side}_mean", mean, persistent=False)
+        for window_name, tokens in (
+            ("sink", sink_tokens),
+            ("recent", recent_tokens + rollback_tokens if recent_tokens else 0),
+        ):
+            for side, size in (("k", head_dim), ("v", self.value_dim)):
+                dense = _NONE.empty(batch_size, kv_heads, tokens, size, **make)[0]
+                self.register_buffer(f"{side}_{window_name}", dense, persistent=False)
+        lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self.register_buffer("lengths", lengths if self.static else None, persistent=False)
+        self._host = _HostLength()
+
+    @staticmethod
+    def _encoder(wanted: str, fmt: KVFormat, turboquant: str) -> str:
+        if wanted != "auto":
+            return wanted
+        return turboquant if fmt.family == "turboquant" else "default"
+
+    def _register(self, side: str, packed: tuple[torch.Tensor, ...]) -> None:
+        for name, tensor in zip(Packed._fields, packed, strict=True):
+            self.register_buffer(f"{side}_{name}", tensor, persistent=False)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> QuantizedKVCache:
+        """Move with .to() and friends, but keep every dtype: .half() must not damage scales."""
+
+        def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)
+
+    # -- state ------------------------------------------------------------------------------
+
+    @property
+    def keys(self) -> Packed:
+        """Packed K [B, G, S, row]."""
+        return Packed(self.k_codes, self.k_scales, self.k_biases)
+
+    @property
+    def values(self) -> Packed:
+        """Packed V [B, G, S, row]."""
+        return Packed(self.v_codes, self.v_scales, self.v_biases)
+
+    @property
+    def capacity(self) -> int:
+        """Tokens the storage holds now."""
+        return self.k_codes.shape[2]
+
+    @property
+    def device(self) -> torch.device:
+        return self.k_codes.device
+
+    @property
+    def length(self) -> int:
+        """Tokens appended and not cropped, of the longest row.
+
+        After compiled steps this reads the device.
+        """
+        if self._host.value is None:
+            self._host.value = int(self.lengths.max()) if self.batch_size else 0
+        return self._host.value
+
+    @property
+    def kv_length(self) -> int | torch.Tensor:
+        """The length as the ops take it: int64 [B] with a static capacity, else an int."""
+        return self.lengths if self.static else self._host.value  # type: ignore[return-value]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of every buffer: packed rows, full-precision windows, signs, means, lengths."""
+        return sum(b.untyped_storage().nbytes() for b in self.buffers())
+
+    def extra_repr(self) -> str:
+        shape = f"{self.batch_size}, {self.kv_heads}, {self.head_dim}"
+        if self.value_dim != self.head_dim:
+            shape += f", value_dim={self.value_dim}"
+        parts = [shape, f"k={self.k_format}", f"v={self.v_format}", f"dtype={self.dtype}"]
+        parts.append(f"capacity={self.capacity}" + ("" if self.static else ", growing"))
+        for name in ("window", "sink_tokens", "recent_tokens"):
+            if getattr(self, name):
+                parts.append(f"{name}={getattr(self, name)}")
+        return ", ".join(parts)
+
+    # -- writing ----------------------------------------------------------------------------
+
+    def append(
+        self, key: torch.Tensor, value: torch.Tensor, lengths: torch.Tensor | None = None
+    ) -> KVView:
+        """Append L tokens to every row.
+
+        Args:
+            key: [B, G, L, D].
+            value: [B, G, L, Dv].
+            lengths: int64 [B], how many of the L tokens are real in each row (right padding);
+                needs a static capacity. The rest is overwritten by the next append.
+
+        Returns:
+            What queries of these L tokens attend to, for :meth:`attend`: the exact tokens when
+            they are the first ones (a prefill), otherwise the packed cache.
+
+        Raises:
+            IndexError: a static cache would overflow; nothing is changed.
+        """
+        tokens = key.shape[2]
+        self._check_append(key, value, lengths)
+        past = self.kv_length
+        was_empty = self._host.value == 0
+        overflow = None
+        if self.ring and not was_empty and tokens > self._ring_chunk():
+            overflow = self._linear_view(key, value)
+        self._reserve(tokens)
+        ops.append_(
+            self.keys,
+            self.values,
+            key,
+            value,
+            past,
+            self.k_format,
+            self.v_format,
+            ring=self.ring,
+            **self._encoding(),
+        )
+        self._write_windows(key, value, past)
+        self._advance(tokens, lengths)
+        if was_empty and tokens > 1 and lengths is None:
+            empty = key.new_empty(*key.shape[:3], 0)
+            return KVView(
+                Packed(key, empty, empty), Packed(value, empty, empty), tokens, tokens, fresh=True
+            )
+        return overflow or self.view(tokens)
+
+    def view(self, tokens: int = 1) -> KVView:
+        """The whole packed cache, for queries of its last ``tokens`` tokens."""
+        return KVView(self.keys, self.values, self.kv_length, tokens, ring=self.ring)
+
+    def _encoding(self) -> dict:
+        return {
+            "k_signs": self.k_signs,
+            "v_signs": self.v_signs,
+            "k_mean": self.k_mean,
+            "v_mean": self.v_mean,
+            "k_encoder": self.k_encoder,
+            "v_encoder": self.v_encoder,
+        }
+
+    def _check_append(
+        self, key: torch.Tensor, value: torch.Tensor, lengths: torch.Tensor | None
+    ) -> None:
+        for name, x, size in (("key", key, self.head_dim), ("value", value, self.value_dim)):
+            expected = (self.batch_size, self.kv_heads, key.shape[2] if key.dim() > 2 else 0, size)
+            if tuple(x.shape) != expected:
+                raise ValueError(
+                    f"[kvq.append] {name} must be {list(expected)}, got {list(x.shape)}"
+                )
+        if lengths is not None and (not self.static or self.ring or self.recent_tokens):
+            raise ValueError(
+                "[kvq.append] rows of different lengths need a static capacity, and neither a "
+                "ring nor recent_tokens"
+            )
+        if self.static and not self.ring and not torch.compiler.is_compiling():
+            if self._host.value is not None and self._host.value + key.shape[2] > self.capacity:
+                raise IndexError(
+                    f"[kvq.append] {self._host.value} tokens + {key.shape[2]} exceed the "
+                    f"capacity {self.capacity}"
+                )
+
+    def _ring_chunk(self) -> int:
+        """Tokens that can be appended before the first one's window is overwritten."""
+        return (self.limit or 0) - self.window + 1
+
+    def _linear_view(self, key: torch.Tensor, value: torch.Tensor) -> KVView:
+        """The window before this chunk and the chunk, packed: a chunk too long for the ring."""
+        tokens, kept = key.shape[2], self.window - 1
+        start = None
+        if self.static:
+            past = self.lengths
+            start = (kept - past).clamp_min(0)
+            slots = (past[:, None] - kept + torch.arange(kept, device=self.device)) % self.capacity
+        else:
+            past = self._host.value or 0
+            kept = min(kept, past)
+            slots = torch.arange(past - kept, past, device=self.device) % self.capacity
+            slots = slots.expand(self.batch_size, kept)
+
+        def gather(cached: Packed, new: Packed) -> Packed:
+            index = slots[:, None, :, None]
+            return Packed(
+                *(
+                    torch.cat([c.gather(2, index.expand(-1, c.shape[1], -1, c.shape[3])), n], 2)
+                    for c, n in zip(cached, new, strict=True)
+                )
+            )
+
+        new_keys, new_values = (
+            ops.quantize(
+                x, fmt, signs=signs, mean=mean, encoder=encoder, scale_dtype=self.scale_dtype
+            )
+            for x, fmt, signs, mean, encoder in (
+                (key, self.k_format, self.k_signs, self.k_mean, self.k_encoder),
+                (value, self.v_format, self.v_signs, self.v_mean, self.v_encoder),
+            )
+        )
+        return KVView(
+            gather(self.keys, new_keys),
+            gather(self.values, new_values),
+            kept + tokens,
+            tokens,
+            start=start,
+        )
+
+    def _reserve(self, tokens: int) -> None:
+        """Grow the storage by blocks so that ``tokens`` more fit (a ring: up to its size)."""
+        if self.static:
+            return
+        wanted = (self._host.value or 0) + tokens
+        if self.limit is not None:
+            wanted = min(wanted, self.limit)
+        if wanted <= self.capacity:
+            return
+        # An eighth more than needed keeps the copying linear in the final length.
+        capacity = -(-(wanted + wanted // 8) // self.block_size) * self.block_size
+        if self.limit is not None:
+            capacity = min(capacity, self.limit)
+        for side in ("k", "v"):
+            for name in Packed._fields:
+                old = getattr(self, f"{side}_{name}")
+                new = old.new_zeros(*old.shape[:2], capacity, old.shape[3])
+                new[:, :, : old.shape[2]] = old
+                setattr(self, f"{side}_{name}", new)
+
+    def _advance(self, tokens: int, lengths: torch.Tensor | None) -> None:
+        if self.static:
+            self.lengths.add_(tokens if lengths is None else lengths)
+        if torch.compiler.is_compiling() and self.static:
+            self._host.value = None
+        elif self._host.value is not None:
+            if lengths is not None:
+                self._host.value = None
+            else:
+                self._host.value += tokens
+        self._forget_overwritten()
+
+    def _forget_overwritten(self) -> None:
+        """Raise the oldest position that the ring or the recent window still holds."""
+        if self._host.value is None:
+            return
+        for size in (self.limit if self.ring else 0, self.k_recent.shape[2]):
+            if size:
+                self._host.oldest = max(self._host.oldest, self._host.value - size)
+
+    def _write_windows(
+        self, key: torch.Tensor, value: torch.Tensor, past: int | torch.Tensor
+    ) -> None:
+        """Keep the first and the last tokens in full precision too."""
+        for side, x in (("k", key), ("v", value)):
+            if self.sink_tokens:
+                sink = getattr(self, f"{side}_sink")
+                first = past if isinstance(past, torch.Tensor) else torch.tensor([past])
+                first = first.to(x.device).expand(self.batch_size)
+                source = torch.arange(self.sink_tokens, device=x.device) - first[:, None]
+                inside = (source >= 0) & (source < x.shape[2])
+                index = source.clamp(0, max(x.shape[2] - 1, 0))[:, None, :, None]
+                if x.shape[2]:
+                    chosen = x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3]))
+                    sink.copy_(torch.where(inside[:, None, :, None], chosen.to(sink.dtype), sink))
+            if self.recent_tokens:
+                recent = getattr(self, f"{side}_recent")
+                empty = recent.new_empty(*recent.shape[:3], 0)
+                ops.quantize_into_(Packed(recent, empty, empty), x, past, _NONE, ring=True)
+
+    # -- reading ----------------------------------------------------------------------------
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        view: KVView | None = None,
+        *,
+        mask: torch.Tensor | None = None,
+        sinks: torch.Tensor | None = None,
+        scale: float | None = None,
+        softcap: float = 0.0,
+        causal: bool = True,
+        window: int | None = None,
+        return_lse: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Attention of the newest tokens' queries.
+
+        Args:
+            query: [B, H, L, D]; the last query belongs to the newest token.
+            view: what :meth:`append` returned for these tokens. Without it the packed cache is
+                read, which in a ring holds the whole window for at most rollback_tokens + 1
+                queries.
+            mask, sinks, scale, softcap, causal: as in :func:`torch_kvq.ops.attention`.
+            window: another window than the cache's.
+
+        Returns:
+            [B, H, L, Dv] in query's dtype; with ``return_lse`` also lse [B, H, L].
+        """
+        view = view or self.view(query.shape[2])
+        common = {
+            "mask": mask,
+            "scale": scale,
+            "softcap": softcap,
+            "causal": causal,
+            "window": self.window if window is None else window,
+        }
+        if view.fresh:
+            out = ops.attention(
+                query, view.keys, view.values, view.length, _NONE, _NONE, sinks=sinks, **common
+            )
+            return out if return_lse else out[0]
+        if view.ring and query.shape[2] > self._ring_chunk():
+            raise ValueError(
+                f"[kvq.attend] {query.shape[2]} queries reach further back than the ring: pass "
+                "the view that append returned, or give the cache more rollback_tokens"
+            )
+        if not (self.sink_tokens or self.recent_tokens):
+            out = self._attend_packed(query, view, sinks=sinks, kv_start=view.start, **common)
+        else:
+            out = self._attend_windows(query, view, sinks, common)
+        return out if return_lse else out[0]
+
+    def _attend_packed(
+        self, query: torch.Tensor, view: KVView, **options: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return ops.attention(
+            query,
+            view.keys,
+            view.values,
+            view.length,
+            self.k_format,
+            self.v_format,
+            k_signs=self.k_signs,
+            v_signs=self.v_signs,
+            k_mean=self.k_mean,
+            v_mean=self.v_mean,
+            ring=view.ring,
+            **options,  # type: ignore[arg-type]
+        )
+
+    def _attend_windows(
+        self, query: torch.Tensor, view: KVView, sinks: torch.Tensor | None, common: dict
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """First and recent tokens in full precision, the rest packed, merged by their lse."""
+        exact = query.float()
+        length = view.length
+        if not isinstance(length, torch.Tensor):
+            length = torch.full((self.batch_size,), length, device=self.device)
+        sink_end = torch.full_like(length, self.sink_tokens)
+        recent_start = length if not self.recent_tokens else length - self.recent_tokens
+        recent_start = torch.maximum(recent_start, sink_end)
+        packed_start = sink_end if view.start is None else torch.maximum(sink_end, view.start)
+        parts = [
+            self._attend_packed(
+                exact, view, sinks=sinks, kv_start=packed_start, kv_end=recent_start, **common
+            )
+        ]
+        for name, bounds in (
+            ("sink", {"kv_end": sink_end}),
+            ("recent", {"kv_start": recent_start, "ring": True}),
+        ):
+            keys, values = getattr(self, f"k_{name}"), getattr(self, f"v_{name}")
+            if keys.shape[2] == 0:
+                continue
+            empty = keys.new_empty(*keys.shape[:3], 0)
+            dense = (Packed(keys, empty, empty), Packed(values, empty, empty))
+            parts.append(ops.attention(exact, *dense, length, _NONE, _NONE, **bounds, **common))
+        out, lse = ops.merge_attention(parts)
+        return out.to(query.dtype), lse
+
+    def dequantized(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """K [B, G, T, D] and V [B, G, T, Dv] as attention reads them, oldest token first.
+
+        T is the length, of a ring what it holds, and of a static cache its capacity (slots past a
+        row's length hold leftovers).
+        """
+        key = self._dequantize(self.keys, self.k_format, self.k_signs, self.k_mean)
+        value = self._dequantize(self.values, self.v_format, self.v_signs, self.v_mean)
+        first, count = 0, self.capacity
+        if not self.static or self.ring:
+            length = self.length
+            count = min(length, self.capacity)
+            first = length - count
+            order = torch.arange(first, length, device=self.device) % max(self.capacity, 1)
+            key, value = key.index_select(2, order), value.index_select(2, order)
+        if not (self.sink_tokens or self.recent_tokens):
+            return key, value
+        positions = torch.arange(first, first + count, device=self.device)
+        return tuple(  # type: ignore[return-value]
+            self._with_windows(side, x, positions) for side, x in (("k", key), ("v", value))
+        )
+
+    def _dequantize(
+        self,
+        packed: Packed,
+        fmt: KVFormat,
+        signs: torch.Tensor | None,
+        mean: torch.Tensor | None,
+    ) -> torch.Tensor:
+        return ops.dequantize(packed, fmt, signs=signs, mean=mean, dtype=self.dtype)
+
+    def _with_windows(self, side: str, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Put the full-precision first and recent tokens over the dequantised ones."""
+        length = self.lengths[:, None] if self.static else self.length
+        sink, recent = getattr(self, f"{side}_sink"), getattr(self, f"{side}_recent")
+        rows = positions.expand(self.batch_size, -1)
+        for dense, chosen in (
+            (sink, rows < self.sink_tokens),
+            (
+                recent,
+                (rows >= length - self.recent_tokens)
+                & (rows < length)
+                & (rows >= self.sink_tokens),
+            ),
+        ):
+            if dense.shape[2]:
+                exact = dense.index_select(2, positions % dense.shape[2])
+                x = torch.where(chosen[:, None, :, None], exact, x)
+        return x
+
+    def update(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append, then :meth:`dequantized`: for code that wants dense tensors."""
+        self.append(key, value)
+        return self.dequantized()
+
+    # -- editing ----------------------------------------------------------------------------
+
+    def crop(self, tokens: int) -> None:
+        """Drop the newest ``tokens`` tokens of every row, exactly.
+
+        Raises:
+            IndexError: more tokens than there are.
+            RuntimeError: a ring or a recent window no longer holds what would become visible
+                (more than rollback_tokens back); nothing is changed.
+        """
+        if tokens < 0:
+            raise IndexError(f"[kvq.crop] tokens must not be negative, got {tokens}")
+        if tokens == 0:
+            return
+        length = self.length
+        shortest = int(self.lengths.min()) if self.static and self.batch_size else length
+        if tokens > shortest:
+            raise IndexError(f"[kvq.crop] cannot drop {tokens} tokens of {shortest}")
+        self._forget_overwritten()
+        left = length - tokens
+        needed = left
+        if self.ring:
+            needed = min(needed, left - self.window + 1)
+        if self.recent_tokens:
+            needed = min(needed, max(left - self.recent_tokens, min(left, self.sink_tokens)))
+        if max(needed, 0) < self._host.oldest:
+            raise RuntimeError(
+                f"[kvq.crop] cannot drop {tokens} tokens: the tokens before position "
+                f"{self._host.oldest} that would become visible again are overwritten; give the "
+                f"cache more rollback_tokens than {self.rollback_tokens}"
+            )
+        self._host.value = left
+        if self.static:
+            self.lengths.sub_(tokens)
+        if left == 0:
+            self._host.oldest = 0
+
+    def reset(self) -> None:
+        """Forget every token; the storage stays allocated."""
+        self._host.value = self._host.oldest = 0
+        if self.static:
+            self.lengths.zero_()
+
+    def _row_buffers(self) -> dict[str, torch.Tensor]:
+        """Every buffer with one row per batch row."""
+        names = [f"{side}_{name}" for side in "kv" for name in (*Packed._fields, "sink", "recent")]
+        buffers = {name: getattr(self, name) for name in [*names, "lengths"]}
+        return {name: buffer for name, buffer in buffers.items() if buffer is not None}
+
+    def _replace_rows(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        for name, buffer in self._row_buffers().items():
+            setattr(self, name, fn(buffer))
+        self.batch_size = self.k_codes.shape[0]
+
+    def reorder(self, rows: torch.Tensor) -> None:
+        """Row i becomes old row rows[i] (beam search), rows int64 [B]."""
+        if not self.static:
+            return self.select(rows)
+        # In place: compiled code holds on to a static cache's storage.
+        for buffer in self._row_buffers().values():
+            buffer.copy_(buffer.index_select(0, rows.to(buffer.device)))
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Keep rows ``rows`` of the batch: int64 or bool, as an index of dimension 0."""
+        self._replace_rows(lambda t: t[rows.to(t.device)].contiguous())
+
+    def repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row ``repeats`` times in place of one."""
+        self._replace_rows(lambda t: t.repeat_interleave(repeats, 0))

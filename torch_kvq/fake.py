@@ -1,0 +1,117 @@
+"""Fake (meta) implementations of every op: shapes from formats.py, nothing computed."""
+
+from __future__ import annotations
+
+import torch
+
+from torch_kvq.formats import KVFormat, default_scale_dtype
+
+register_fake = torch.library.register_fake
+
+
+def _packed(
+    x: torch.Tensor, fmt: KVFormat, scale_dtype: torch.dtype | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    lead, head_dim = x.shape[:3], x.shape[3]
+    scale_dtype = scale_dtype or default_scale_dtype(x.dtype)
+    return (
+        x.new_empty(*lead, fmt.codes_row(head_dim), dtype=fmt.codes_dtype(x.dtype)),
+        x.new_empty(*lead, fmt.scales_row(head_dim), dtype=scale_dtype),
+        x.new_empty(*lead, fmt.biases_row(head_dim), dtype=scale_dtype),
+    )
+
+
+@register_fake("kvq::quantize")
+def _quantize(
+    x: torch.Tensor,
+    format: str,
+    group_size: int = 0,
+    *,
+    signs: torch.Tensor | None = None,
+    mean: torch.Tensor | None = None,
+    encoder: str = "default",
+    scale_dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    fmt = KVFormat(format, group_size)
+    fmt.check_head_dim(x.shape[3], "quantize")
+    return _packed(x, fmt, scale_dtype)
+
+
+@register_fake("kvq::qdq")
+def _qdq(x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@register_fake("kvq::dequantize")
+def _dequantize(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    biases: torch.Tensor,
+    format: str,
+    group_size: int = 0,
+    *,
+    signs: torch.Tensor | None = None,
+    mean: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    start: int = 0,
+    length: int | None = None,
+) -> torch.Tensor:
+    head_dim = KVFormat(format, group_size).head_dim(codes.shape[3])
+    length = codes.shape[2] - start if length is None else length
+    shape = (codes.shape[0], codes.shape[1], length, head_dim)
+    return codes.new_empty(shape, dtype=dtype or torch.float32)
+
+
+@register_fake("kvq::hadamard")
+def _hadamard(
+    x: torch.Tensor, signs: torch.Tensor | None = None, inverse: bool = False
+) -> torch.Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@register_fake("kvq::mlx_native_dequantize")
+def _mlx_native_dequantize(
+    codes: torch.Tensor,
+    norms: torch.Tensor,
+    bits: int,
+    *,
+    codebook: torch.Tensor | None = None,
+    scale_factor_d512: float = 1.0,
+    signs: torch.Tensor | None = None,
+    rotate_back: bool = False,
+    start: int = 0,
+    length: int | None = None,
+) -> torch.Tensor:
+    length = codes.shape[2] - start if length is None else length
+    head_dim = codes.shape[3] * (2 if bits == 4 else 1)
+    return norms.new_empty(codes.shape[0], codes.shape[1], length, head_dim)
+
+
+def _attention(
+    query: torch.Tensor,
+    k_codes: torch.Tensor,
+    k_scales: torch.Tensor,
+    k_biases: torch.Tensor,
+    v_codes: torch.Tensor,
+    v_scales: torch.Tensor,
+    v_biases: torch.Tensor,
+    kv_length: torch.Tensor | int,
+    k_format: str,
+    k_group_size: int,
+    v_format: str,
+    v_group_size: int,
+    **kwargs: object,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    value_dim = KVFormat(v_format, v_group_size).head_dim(v_codes.shape[3])
+    lead = query.shape[:3]
+    return query.new_empty(*lead, value_dim), query.new_empty(lead, dtype=torch.float32)
+
+
+def _writes(*args: object, **kwargs: object) -> None:
+    return None
+
+
+for _overload in ("", ".int"):
+    register_fake(f"kvq::attention{_overload}", _attention)
+    for _op in ("kv_cache_update_", "quantize_into_", "append_"):
+        register_fake(f"kvq::{_op}{_overload}", _writes)
