@@ -120,7 +120,10 @@ def _encode_fp8(y, fmt, scale_dtype):
 
 
 def _encode_gguf(y, fmt, scale_dtype):
-    """GGUF's reference quantisers, as the gguf package's quants.quantize computes them."""
+    """GGUF's reference quantisers, as the gguf package's quants.quantize computes them.
+
+    Where 1/d overflows float32 (d < 2^-128, stored as 0) its bodies are zero bytes.
+    """
     blocks = y.clamp(-LIMIT, LIMIT).unflatten(-1, (-1, 32))
     if fmt.name == "q8_0":
         d = blocks.abs().amax(-1, keepdim=True) / 127
@@ -133,10 +136,10 @@ def _encode_gguf(y, fmt, scale_dtype):
         first = blocks.abs().argmax(-1, keepdim=True)
         d = blocks.gather(-1, first) / -8
         inverse = torch.where(d == 0, torch.zeros_like(d), 1 / d)
-        q = (blocks.double() * inverse.double() + 8.5).trunc().clamp(0, 15)
+        q = (blocks * inverse + 8.5).trunc().clamp(0, 15)
         q = q.nan_to_num(0).to(torch.uint8)
         body = q[..., :16] | (q[..., 16:] << 4)
-    body = torch.where(d.isnan(), torch.zeros_like(body), body)
+    body = torch.where(d.isnan() | inverse.isinf(), torch.zeros_like(body), body)
     header = round_scale(d, torch.float16).view(torch.uint8)
     codes = torch.cat([header, body], dim=-1).flatten(-2)
     empty = y.new_zeros(*y.shape[:-1], 0, dtype=scale_dtype)

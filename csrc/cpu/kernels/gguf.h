@@ -44,6 +44,10 @@ inline void encode_q8_0(float* y, const Layout& layout, uint8_t* codes) {
     const float d = largest / 127;
     const float inverse = d == 0 ? 0.0f : 1 / d;
     store_half(codes, d);
+    if (std::isinf(inverse)) {  // d < 2^-128 is stored as 0
+      std::memset(codes + 2, 0, kBlock);
+      continue;
+    }
     for (int i = 0; i < kBlock; ++i) {
       const float scaled = y[i] * inverse;
       const float magnitude = std::fabs(scaled);
@@ -66,10 +70,13 @@ inline void encode_q4_0(float* y, const Layout& layout, uint8_t* codes) {
     const float d = largest / -8;
     const float inverse = d == 0 ? 0.0f : 1 / d;
     store_half(codes, d);
+    if (std::isinf(inverse)) {  // d < 2^-128 is stored as 0
+      std::memset(codes + 2, 0, kBlock / 2);
+      continue;
+    }
     uint8_t q[kBlock];
     for (int i = 0; i < kBlock; ++i) {
-      // In double, as gguf does: the product is exact, so truncation is of the true value.
-      const int v = static_cast<int>(static_cast<double>(y[i]) * inverse + 8.5);
+      const int v = static_cast<int>(y[i] * inverse + 8.5f);  // two float32 roundings, as ggml's
       q[i] = static_cast<uint8_t>(v < 0 ? 0 : v > 15 ? 15 : v);
     }
     for (int i = 0; i < kBlock / 2; ++i) codes[2 + i] = q[i] | q[i + kBlock / 2] << 4;
