@@ -65,8 +65,8 @@ const EmbeddedLibrary& find_embedded(const std::string& name) {
 MTLCompileOptions* compile_options() {
   MTLCompileOptions* options = [[MTLCompileOptions new] autorelease];
   options.languageVersion = MTLLanguageVersion3_1;
-  // NaN and infinity must keep their meaning; kernels ask for fast:: functions where they want them.
-  // mathMode would need the macOS 15 SDK, and this does the same.
+  // NaN and infinity must keep their meaning; kernels ask for fast:: functions where they want
+  // them. mathMode would need the macOS 15 SDK, and this does the same.
 #pragma clang diagnostic push
 #pragma clang diagnostic ignored "-Wdeprecated-declarations"
   options.fastMathEnabled = NO;
@@ -213,9 +213,10 @@ Binding bind(const Buffer& buffer, size_t index, const Launch& launch) {
 
 MTLSize to_metal(const Size& size, const char* what, const Launch& launch) {
   for (int64_t extent : {size.x, size.y, size.z}) {
-    TORCH_CHECK(extent >= 0 && extent <= std::numeric_limits<uint32_t>::max(), "[kvq.metal] kernel ",
-                launch.kernel, ": ", what, " must be in 0..2^32-1 per dimension, got (", size.x,
-                ", ", size.y, ", ", size.z, ")");
+    TORCH_CHECK(extent >= 0 && extent <= std::numeric_limits<uint32_t>::max(),
+                "[kvq.metal] kernel ", launch.kernel, ": ", what,
+                " must be in 0..2^32-1 per dimension, got (", size.x, ", ", size.y, ", ", size.z,
+                ")");
   }
   return MTLSizeMake(size.x, size.y, size.z);
 }
@@ -235,8 +236,8 @@ Command prepare(const Launch& launch) {
   command.grid = to_metal(grid_of(launch), "the grid", launch);
   command.threadgroup = to_metal(launch.threads_per_threadgroup, "the threadgroup", launch);
   const int64_t threads = launch.threads_per_threadgroup.count();
-  TORCH_CHECK(threads >= 1 && threads <= pipeline.max_threads, "[kvq.metal] kernel ",
-              launch.kernel, ": threads_per_threadgroup must be in 1..", pipeline.max_threads,
+  TORCH_CHECK(threads >= 1 && threads <= pipeline.max_threads, "[kvq.metal] kernel ", launch.kernel,
+              ": threads_per_threadgroup must be in 1..", pipeline.max_threads,
               " on this GPU, got ", threads);
 
   int64_t memory = pipeline.threadgroup_memory;

@@ -180,9 +180,7 @@ def load_host_code(
         raise RuntimeError("call install() first")
     generated = build.cache_dir() / "generated" / name
     embed.embed(metal, generated / "metal_libraries.h", include)
-    target = Target(
-        name, sources, [generated, *include], uses_torch=True, libraries=[_device_path]
-    )
+    target = Target(name, sources, [generated, *include], uses_torch=True, libraries=[_device_path])
     torch.ops.load_library(str(build.build(target)))
 
 

@@ -1,6 +1,6 @@
 """Writes metal_libraries.h: the .metal files, flattened, as the strings the host runtime compiles.
 
-    python embed.py metal/ build/metal_libraries.h
+python embed.py metal/ build/metal_libraries.h
 """
 
 from __future__ import annotations

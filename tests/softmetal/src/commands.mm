@@ -79,8 +79,8 @@ std::string Dispatch::run() const {
       buffers.push_back({i, 0, argument.buffer->bytes + argument.offset,
                          argument.buffer->length - argument.offset});
     } else if (argument.kind == Argument::Kind::kBytes) {
-      buffers.push_back({i, EMU_BUFFER_COPY, const_cast<char*>(argument.bytes->data()),
-                         argument.bytes->size()});
+      buffers.push_back(
+          {i, EMU_BUFFER_COPY, const_cast<char*>(argument.bytes->data()), argument.bytes->size()});
     }
   }
   std::vector<emu_threadgroup_memory> memory;
@@ -110,9 +110,9 @@ std::string Dispatch::run() const {
   launch.n_constants = constants.size();
 
   std::string message(2048, '\0');
-  const emu_status status =
-      function.library->api().launch(&launch, message.data(), message.size());
-  if (status != EMU_OK) return "kernel " + std::string(function.kernel->name) + ": " + message.c_str();
+  const emu_status status = function.library->api().launch(&launch, message.data(), message.size());
+  if (status != EMU_OK)
+    return "kernel " + std::string(function.kernel->name) + ": " + message.c_str();
   for (const Argument& argument : arguments) {
     if (argument.kind == Argument::Kind::kBuffer && ![argument.buffer isIntact]) {
       return "kernel " + std::string(function.kernel->name) + ": wrote beside a buffer of " +
@@ -158,7 +158,8 @@ void check_open(const SoftEncoder* encoder, const char* what) {
 }
 
 void check_index(NSUInteger index, const char* what) {
-  if (index >= EMU_MAX_BUFFERS) fatal("%s: index %lu must be in 0..%d", what, index, EMU_MAX_BUFFERS - 1);
+  if (index >= EMU_MAX_BUFFERS)
+    fatal("%s: index %lu must be in 0..%d", what, index, EMU_MAX_BUFFERS - 1);
 }
 
 void check_buffer_argument(const emu_kernel& kernel, const emu_param& param,
@@ -232,7 +233,8 @@ void check_dispatch(const Dispatch& dispatch) {
     const emu_param& param = kernel.params[i];
     if (param.kind == EMU_PARAM_BUFFER) {
       check_buffer_argument(kernel, param, dispatch.arguments[param.index]);
-    } else if (dispatch.threadgroup_memory[param.index] < std::max<NSUInteger>(param.elem_size, 1)) {
+    } else if (dispatch.threadgroup_memory[param.index] <
+               std::max<NSUInteger>(param.elem_size, 1)) {
       fatal("kernel %s: threadgroup memory at index %u for argument %s was not set", kernel.name,
             param.index, param.name);
     }
@@ -354,7 +356,8 @@ void check_dispatch(const Dispatch& dispatch) {
   [self commitAdopted];
 }
 - (void)commitAdopted {
-  if ([self status] != MTLCommandBufferStatusNotEnqueued) fatal("commit of a committed command buffer");
+  if ([self status] != MTLCommandBufferStatusNotEnqueued)
+    fatal("commit of a committed command buffer");
   if (state->is_encoding) fatal("commit while an encoder is open: endEncoding is missing");
   {
     std::lock_guard<std::mutex> lock(state->mutex);

@@ -11,7 +11,7 @@ Config& config() {
 
 /// Called through ctypes by __init__.py. Returns 0 for a name it does not know.
 extern "C" __attribute__((visibility("default"))) int softmetal_configure(const char* name,
-                                                                           const char* value) {
+                                                                          const char* value) {
   softmetal::Config& config = softmetal::config();
   const std::string key = name;
   if (key == "python") {

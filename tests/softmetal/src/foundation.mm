@@ -18,15 +18,14 @@ using softmetal::fatal;
 
 // clang emits this personality for every Objective-C++ frame under -fobjc-runtime=gcc; the one of
 // libobjc cannot match C++ catch clauses. Ours comes first in link order and forwards to C++'s.
-__asm__(
-    ".text\n"
-    ".globl __gnu_objc_personality_v0\n"
-    ".type __gnu_objc_personality_v0, %function\n"
-    "__gnu_objc_personality_v0:\n"
+__asm__(".text\n"
+        ".globl __gnu_objc_personality_v0\n"
+        ".type __gnu_objc_personality_v0, %function\n"
+        "__gnu_objc_personality_v0:\n"
 #if defined(__aarch64__)
-    "  b __gxx_personality_v0\n"
+        "  b __gxx_personality_v0\n"
 #else
-    "  jmp __gxx_personality_v0@PLT\n"
+        "  jmp __gxx_personality_v0@PLT\n"
 #endif
 );
 
@@ -98,8 +97,7 @@ IMP message_not_understood(id receiver, SEL selector) {
 
 @implementation NSObject
 + (instancetype)alloc {
-  auto* header =
-      static_cast<Header*>(std::calloc(1, sizeof(Header) + class_getInstanceSize(self)));
+  auto* header = static_cast<Header*>(std::calloc(1, sizeof(Header) + class_getInstanceSize(self)));
   header->references = 1;
   id object = (id)(header + 1);
   object_setClass(object, self);

@@ -97,8 +97,9 @@ std::string build(const CompileRequest& request, std::string& error) {
   }
   const std::string mode =
       settings.mode == "fast" && request.fast_math ? "fastmath" : settings.mode;
-  const std::string stem = settings.cache + "/" +
-                           content_key(settings.toolchain_key + '\0' + mode + '\0' + request.source);
+  const std::string stem =
+      settings.cache + "/" +
+      content_key(settings.toolchain_key + '\0' + mode + '\0' + request.source);
   const std::string library = stem + ".so", source = stem + ".metal", log = stem + ".log";
   FileLock lock(stem + ".lock");
   if (exists(library)) return library;

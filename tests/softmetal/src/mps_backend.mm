@@ -30,8 +30,8 @@ class Allocator final : public c10::Allocator {
     const size_t living = counters().buffer_bytes;
     TORCH_CHECK_WITH(OutOfMemoryError, living + bytes <= memory_limit,
                      "MPS backend out of memory (MPS allocated: ", living,
-                     " bytes, max allowed: ", memory_limit.load(),
-                     " bytes). Tried to allocate ", bytes, " bytes");
+                     " bytes, max allowed: ", memory_limit.load(), " bytes). Tried to allocate ",
+                     bytes, " bytes");
     id<MTLBuffer> buffer = nil;
     if (bytes > 0) {
       buffer = [device() newBufferWithLength:bytes options:MTLResourceStorageModeShared];
@@ -139,8 +139,8 @@ at::Tensor host_alias(const at::Tensor& tensor) {
   id<MTLBuffer> buffer = (id<MTLBuffer>)const_cast<void*>(tensor.storage().data());
   char* bytes = buffer ? static_cast<char*>([buffer contents]) : nullptr;
   if (bytes) bytes += tensor.storage_offset() * tensor.element_size();
-  at::Tensor alias = at::from_blob(bytes, tensor.sizes(), tensor.strides(),
-                                   tensor.options().device(at::kCPU));
+  at::Tensor alias =
+      at::from_blob(bytes, tensor.sizes(), tensor.strides(), tensor.options().device(at::kCPU));
   if (tensor.is_conj()) alias._set_conj(true);
   if (tensor.is_neg()) alias._set_neg(true);
   return alias;
@@ -268,8 +268,9 @@ REGISTER_MPS_HOOKS(MPSHooks)
 namespace softmetal {
 namespace {
 
-// at::detail::getMPSHooks() keeps the first object it made. Where somebody asked before this library
-// was loaded that is the interface itself, whose methods all refuse: it gets our vtable instead.
+// at::detail::getMPSHooks() keeps the first object it made. Where somebody asked before this
+// library was loaded that is the interface itself, whose methods all refuse: it gets our vtable
+// instead.
 [[maybe_unused]] const bool hooks_are_ours = [] {
   static_assert(sizeof(MPSHooks) == sizeof(at::MPSHooksInterface), "both must have no members");
   auto& cached = const_cast<at::MPSHooksInterface&>(at::detail::getMPSHooks());

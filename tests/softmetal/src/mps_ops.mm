@@ -62,8 +62,8 @@ const Tensor& resize_(const Tensor& self, at::IntArrayRef size,
   auto* impl = self.unsafeGetTensorImpl();
   impl->set_sizes_contiguous(size);
   if (memory_format) impl->empty_tensor_restride(*memory_format);
-  const size_t bytes = at::detail::computeStorageNbytes(
-      self.sizes(), self.strides(), self.element_size(), self.storage_offset());
+  const size_t bytes = at::detail::computeStorageNbytes(self.sizes(), self.strides(),
+                                                        self.element_size(), self.storage_offset());
   auto storage = self.storage();
   if (bytes > storage.nbytes()) {
     auto grown = allocator()->allocate(bytes);
@@ -137,9 +137,7 @@ TORCH_LIBRARY_IMPL(aten, MPS, m) {
   m.impl("scaled_dot_product_attention", attention);
 }
 
-TORCH_LIBRARY_IMPL(aten, AutogradMPS, m) {
-  m.impl("scaled_dot_product_attention", attention);
-}
+TORCH_LIBRARY_IMPL(aten, AutogradMPS, m) { m.impl("scaled_dot_product_attention", attention); }
 
 }  // namespace
 }  // namespace softmetal

@@ -11,8 +11,8 @@ namespace softmetal {
 /// Torch's one stream: a command queue, its serial dispatch queue and the open command buffer.
 ///
 /// Like torch's own it may commit between any two ops (it does so whenever it can, unless lazy mode
-/// is on, so that host code cannot come to rely on the opposite), and torch leaves an encoder of its
-/// own open after an op, which command_buffer() ends.
+/// is on, so that host code cannot come to rely on the opposite), and torch leaves an encoder of
+/// its own open after an op, which command_buffer() ends.
 class Stream {
  public:
   static Stream& instance();

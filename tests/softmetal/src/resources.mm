@@ -34,7 +34,9 @@ size_t page_size() {
   return size;
 }
 
-size_t round_up(size_t value, size_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+size_t round_up(size_t value, size_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
 
 /// The living buffers: a wrong pointer is told from a buffer by looking here.
 struct Registry {

@@ -17,11 +17,11 @@ namespace softmetal {
 
 /// What happened since the start or the last reset; COUNTERS in __init__.py names these, in order.
 struct Counters {
-  std::atomic<uint64_t> libraries{0};        ///< newLibrary... calls that gave a library
-  std::atomic<uint64_t> pipelines{0};        ///< pipeline states made
-  std::atomic<uint64_t> command_buffers{0};  ///< command buffers committed
-  std::atomic<uint64_t> encoders{0};         ///< compute encoders made, torch's own not counted
-  std::atomic<uint64_t> dispatches{0};       ///< kernel launches encoded
+  std::atomic<uint64_t> libraries{0};         ///< newLibrary... calls that gave a library
+  std::atomic<uint64_t> pipelines{0};         ///< pipeline states made
+  std::atomic<uint64_t> command_buffers{0};   ///< command buffers committed
+  std::atomic<uint64_t> encoders{0};          ///< compute encoders made, torch's own not counted
+  std::atomic<uint64_t> dispatches{0};        ///< kernel launches encoded
   std::atomic<uint64_t> explicit_commits{0};  ///< calls of torch::mps::commit()
   std::atomic<uint64_t> waits{0};             ///< times the host waited for the device
   std::atomic<uint64_t> fallbacks{0};         ///< aten ops run by the CPU

@@ -4,8 +4,9 @@
 
 #include <Foundation/Foundation.h>
 
-@protocol MTLBuffer, MTLCommandBuffer, MTLCommandQueue, MTLComputeCommandEncoder,
-    MTLComputePipelineState, MTLDevice, MTLFunction, MTLLibrary;
+@protocol MTLBuffer
+, MTLCommandBuffer, MTLCommandQueue, MTLComputeCommandEncoder, MTLComputePipelineState, MTLDevice,
+    MTLFunction, MTLLibrary;
 
 typedef struct {
   NSUInteger width, height, depth;
