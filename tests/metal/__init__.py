@@ -1,0 +1,1 @@
+"""Metal kernels on a CPU: translation, SIMT emulation, checks. See README.md."""

@@ -1,0 +1,1 @@
+"""Translation of Metal Shading Language to C++ and the checks on its source."""
