@@ -1,0 +1,31 @@
+// Names of the Metal kernels behind every op but attention. Kernels spell their variant:
+// kvq_<op>_<dtype>_<format>[_g<group>]; one library holds a family of formats.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "../format.h"
+
+namespace kvq::mps {
+
+struct KernelName {
+  const char* library;  ///< stem of the .metal file
+  std::string kernel;
+};
+
+/// As the dtype is called in Metal and in kernel names.
+const char* metal_dtype(KvqDtype dtype);
+/// "int4_g64", "q8_0", "none".
+std::string format_tag(const Format& format);
+
+KernelName quantize_kernel(KvqDtype x, const Format& format);
+KernelName dequantize_kernel(KvqDtype out, const Format& format);
+KernelName append_kernel(KvqDtype x);
+KernelName hadamard_kernel(KvqDtype x);
+KernelName mlx_native_kernel();
+
+/// Every kernel that the functions above can name.
+std::vector<KernelName> codec_kernels();
+
+}  // namespace kvq::mps

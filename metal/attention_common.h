@@ -1,0 +1,233 @@
+// What the attention kernels share: their buffers, which tokens a query sees, the rotation of
+// queries and outputs, and the end of a row.
+#pragma once
+
+#include "attention_formats.h"
+
+/// The buffers of the decode and the prefill kernel, in the order of csrc/mps/attention.mm.
+#define KVQ_ATTENTION_BUFFERS(T)                                                              \
+  device const T *query [[buffer(0)]], device const uchar *k_codes [[buffer(1)]],             \
+      device const uchar *k_scales [[buffer(2)]], device const uchar *k_biases [[buffer(3)]], \
+      device const uchar *v_codes [[buffer(4)]], device const uchar *v_scales [[buffer(5)]],  \
+      device const uchar *v_biases [[buffer(6)]], device const uchar *kv_length [[buffer(7)]], \
+      device const uchar *kv_start [[buffer(8)]], device const uchar *kv_end [[buffer(9)]],   \
+      device const uchar *mask [[buffer(10)]], device const float *sinks [[buffer(11)]],      \
+      device const float *k_signs [[buffer(12)]], device const float *v_signs [[buffer(13)]], \
+      device const float *k_mean [[buffer(14)]], device const float *v_mean [[buffer(15)]],   \
+      device T *out [[buffer(16)]], device float *lse [[buffer(17)]],                         \
+      device float *partial [[buffer(18)]], constant KvqAttentionParams &p [[buffer(19)]]
+
+/// Below every score; a running maximum starts here. Finite, so that no inf - inf arises.
+#define KVQ_LOWEST -3.402823466e+38f
+#define KVQ_LOG2E 1.44269504089f
+
+inline float kvq_exp(float x) { return exp2(x * KVQ_LOG2E); }
+
+inline long kvq_bound(device const uchar* tensor, constant KvqAttentionBound& bound, uint batch) {
+  if (bound.kind == KVQ_BOUND_VALUE) return bound.value;
+  const ulong index = ulong(batch) * bound.stride;
+  return bound.kind == KVQ_BOUND_INT32 ? long(reinterpret_cast<device const int*>(tensor)[index])
+                                       : reinterpret_cast<device const long*>(tensor)[index];
+}
+
+/// Tokens [first, last) of the sequence.
+struct KvqSpan {
+  long first, last;
+};
+
+/// The tokens of a batch row that are in the cache and count.
+inline KvqSpan kvq_row_span(constant KvqAttentionParams& p, long length, long start, long end) {
+  const long oldest = p.ring != 0 ? max(length - long(p.capacity), 0l) : 0l;
+  const long newest = p.ring != 0 ? length : min(length, long(p.capacity));
+  return {max(start, oldest), min(end, newest)};
+}
+
+/// Those of them that query number `query` sees.
+inline KvqSpan kvq_query_span(constant KvqAttentionParams& p, KvqSpan row, long length,
+                              uint query) {
+  const long position = length - long(p.queries) + long(query);
+  if (p.window > 0) row.first = max(row.first, position - p.window + 1);
+  if (p.causal != 0) row.last = min(row.last, position + 1);
+  return row;
+}
+
+/// The tokens that a threadgroup works on, counted from `first`.
+struct KvqTokens {
+  long first;   ///< position of token 0
+  uint count;   ///< tokens that any of its queries sees
+  uint begin;   ///< first token of this split
+  uint end;     ///< one past its last
+  uint slot;    ///< slot of token 0
+};
+
+/// first_query and last_query are the outermost of the threadgroup's queries.
+inline KvqTokens kvq_tokens(constant KvqAttentionParams& p, KvqSpan row, long length,
+                            uint first_query, uint last_query, uint split, uint step) {
+  const long first = kvq_query_span(p, row, length, first_query).first;
+  const long last = kvq_query_span(p, row, length, last_query).last;
+  KvqTokens t;
+  t.first = first;
+  t.count = last > first ? uint(last - first) : 0u;
+  // Splits share the tokens out in whole steps.
+  const uint steps = (t.count + step - 1) / step;
+  const uint each = (steps + p.splits - 1) / p.splits;
+  t.begin = min(split * each * step, t.count);
+  t.end = min(t.begin + each * step, t.count);
+  t.slot = p.ring != 0 && p.capacity > 0 ? uint(first % long(p.capacity)) : uint(first);
+  return t;
+}
+
+inline ulong kvq_slot(constant KvqAttentionParams& p, thread const KvqTokens& tokens, uint token) {
+  // At most once around the ring. The sum cannot overflow: both terms are below 2^31.
+  const uint slot = tokens.slot + token;
+  return ulong(slot >= p.capacity ? slot - p.capacity : slot);
+}
+
+/// One head's packed rows.
+struct KvqRows {
+  device const uchar* codes;
+  device const uchar* scales;
+  device const uchar* biases;
+};
+
+inline KvqRows kvq_rows(constant KvqAttentionSide& side, device const uchar* codes,
+                        device const uchar* scales, device const uchar* biases, uint batch,
+                        uint group) {
+  return {codes + long(batch) * side.codes_batch + long(group) * side.codes_head,
+          scales + long(batch) * side.scales_batch + long(group) * side.scales_head,
+          biases + long(batch) * side.biases_batch + long(group) * side.biases_head};
+}
+
+/// A score as the softmax sees it: softcap, then mask. `seen` is cleared where the mask hides.
+inline float kvq_finish_score(constant KvqAttentionParams& p, device const uchar* mask,
+                              long mask_row, long column, float score, thread bool& seen) {
+  if (p.softcap > 0.0f) score = p.softcap * precise::tanh(score / p.softcap);
+  if (p.mask_kind == KVQ_MASK_NONE) return score;
+  if (column < 0 || column >= p.mask_columns) {
+    seen = false;
+    return score;
+  }
+  const long index = mask_row + column * p.mask_column;
+  if (p.mask_kind == KVQ_MASK_BOOL) {
+    seen = seen && mask[index] != 0;
+  } else if (p.mask_kind == KVQ_MASK_FLOAT32) {
+    score += reinterpret_cast<device const float*>(mask)[index];
+  } else if (p.mask_kind == KVQ_MASK_FLOAT16) {
+    score += float(reinterpret_cast<device const half*>(mask)[index]);
+  } else {
+    score += float(reinterpret_cast<device const bfloat*>(mask)[index]);
+  }
+  return score;
+}
+
+/// Column of the mask that belongs to token 0: masks narrower than the sequence are aligned right.
+inline long kvq_mask_origin(constant KvqAttentionParams& p, thread const KvqTokens& tokens,
+                            long length) {
+  return tokens.first - max(length - p.mask_columns, 0l);
+}
+
+/// Block Walsh-Hadamard transform of `rows` rows of `dim` floats, orthonormal, with the signs of
+/// a rotated format before (forward) or after (inverse). All threads of the threadgroup call it;
+/// it begins and ends with a barrier.
+inline void kvq_rotate(threadgroup float* x, uint dim, uint rows, device const float* signs,
+                       bool inverse, uint thread_index) {
+  const uint block = dim & (0u - dim);
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  if (!inverse) {
+    for (uint i = thread_index; i < rows * dim; i += KVQ_ATTENTION_THREADS) x[i] *= signs[i % dim];
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+  }
+  for (uint step = 1; step < block; step *= 2) {
+    for (uint i = thread_index; i < rows * dim / 2; i += KVQ_ATTENTION_THREADS) {
+      const uint j = 2 * i - i % step;  // i / step * 2 * step + i % step
+      const float a = x[j], b = x[j + step];
+      x[j] = a + b;
+      x[j + step] = a - b;
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+  }
+  const float norm = 1.0f / sqrt(float(block));
+  for (uint i = thread_index; i < rows * dim; i += KVQ_ATTENTION_THREADS) {
+    x[i] *= inverse ? norm * signs[i % dim] : norm;
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+}
+
+/// Ends a row whose softmax so far has the maximum m and the sum l: takes the sink in. Outputs
+/// are then scaled by .x, with .y times the mean added; .z is the log-sum-exp.
+inline float3 kvq_end_row(float m, float l, bool has_sink, float sink) {
+  float total = l, kept = 1.0f;
+  if (has_sink) {
+    const float highest = max(m, sink);
+    kept = kvq_exp(m - highest);
+    total = l * kept + kvq_exp(sink - highest);
+    m = highest;
+  }
+  // Nothing seen: zeros, and the log of nothing. NaN is not 0 and goes its way.
+  if (total == 0.0f) return float3(0.0f, 0.0f, as_type<float>(0xFF800000u));
+  const float share = kept / total;
+  return float3(share, l * share, m + log(total));
+}
+
+/// float to T; a finite value too large for float16 saturates.
+template <typename T>
+inline T kvq_store(float x) {
+  return T(x);
+}
+template <>
+inline half kvq_store<half>(float x) {
+  return half(x > 65504.0f && !isinf(x) ? 65504.0f : x < -65504.0f && !isinf(x) ? -65504.0f : x);
+}
+
+/// (query, head) row number m of a KV head: heads are innermost, so that neighbours see the same
+/// tokens.
+struct KvqRow {
+  uint query;
+  uint head;
+};
+inline KvqRow kvq_row(constant KvqAttentionParams& p, uint group, uint m) {
+  const uint repeat = p.heads / p.groups;
+  return {m / repeat, group * repeat + m % repeat};
+}
+/// Number of the row in out and lse, [B, H, L].
+inline ulong kvq_out_row(constant KvqAttentionParams& p, uint batch, KvqRow row) {
+  return (ulong(batch) * p.heads + row.head) * p.queries + row.query;
+}
+
+/// Writes `rows` rows from first_row on, of which threadgroup memory holds the sums x, maxima m
+/// and weights l: as they are for the merge pass, or finished. Begins with a barrier.
+template <typename T, uint DV>
+inline void kvq_write_rows(constant KvqAttentionParams& p, threadgroup float* x,
+                           threadgroup const float* m, threadgroup const float* l, uint rows,
+                           uint first_row, uint batch, uint group, uint split,
+                           device const float* sinks, device const float* v_signs,
+                           device const float* v_mean, device T* out, device float* lse,
+                           device float* partial, uint thread_index) {
+  const uint all_rows = p.queries * (p.heads / p.groups);
+  if (p.splits == 1 && p.v.rotated != 0) {
+    kvq_rotate(x, DV, rows, v_signs, true, thread_index);
+  } else {
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+  }
+  for (uint i = thread_index; i < rows * DV; i += KVQ_ATTENTION_THREADS) {
+    const uint r = i / DV, d = i % DV;
+    if (first_row + r >= all_rows) break;
+    const KvqRow row = kvq_row(p, group, first_row + r);
+    const ulong number = kvq_out_row(p, batch, row);
+    if (p.splits > 1) {
+      device float* to = partial + (number * p.splits + split) * (DV + 2);
+      to[d] = x[i];
+      if (d == 0) {
+        to[DV] = m[r];
+        to[DV + 1] = l[r];
+      }
+    } else {
+      const bool has_sink = p.has_sinks != 0;
+      const float3 end = kvq_end_row(m[r], l[r], has_sink, has_sink ? sinks[row.head] : 0.0f);
+      float y = end.x * x[i];
+      if (p.v.centred != 0) y += end.y * v_mean[ulong(group) * DV + d];
+      out[number * DV + d] = kvq_store<T>(y);
+      if (d == 0) lse[number] = end.z;
+    }
+  }
+}

@@ -1,0 +1,40 @@
+// kvq_hadamard_*: sign flips and the block Walsh-Hadamard transform of contiguous vectors. One
+// simdgroup per vector; grid: 32 lanes, vectors.
+#pragma once
+
+#include "fwht.h"
+
+constant bool kvq_signs [[function_constant(0)]];
+constant bool kvq_inverse [[function_constant(1)]];
+
+template <typename T>
+[[kernel]] void kvq_hadamard(const device T* x [[buffer(0)]],
+                             const device float* signs [[buffer(1)]], device T* out [[buffer(2)]],
+                             constant KvqHadamardParams& params [[buffer(3)]],
+                             threadgroup float* rows [[threadgroup(0)]],
+                             uint3 at [[thread_position_in_grid]],
+                             uint lane [[thread_index_in_simdgroup]],
+                             uint simdgroup [[simdgroup_index_in_threadgroup]]) {
+  const int n = params.head_dim;
+  const int64_t first = int64_t(at.y) * n;
+  threadgroup float* row = rows + int(simdgroup) * n;
+  for (int base = 0; base < n; base += 32) {
+    const int i = base + int(lane);
+    float v = i < n ? float(x[first + i]) : 0.0f;
+    if (kvq_signs && !kvq_inverse && i < n) {
+      v *= signs[i];
+    }
+    v = fwht_lanes(v, lane, params.block);
+    if (i < n) {
+      row[i] = v;
+    }
+  }
+  fwht_row(row, lane, n, params.block);
+  for (int i = int(lane); i < n; i += 32) {
+    float v = row[i] * params.norm;
+    if (kvq_signs && kvq_inverse) {
+      v *= signs[i];
+    }
+    out[first + i] = to_dtype<T>(v);
+  }
+}

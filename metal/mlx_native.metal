@@ -1,0 +1,1 @@
+#include "mlx_native.h"
