@@ -100,6 +100,9 @@ struct Kernels {
   void (*decode)(const DecodeArgs&, int64_t begin, int64_t end);
   void (*hadamard)(const HadamardArgs&, int64_t begin, int64_t end);
   void (*mlx_native)(const MlxNativeArgs&, int64_t begin, int64_t end);
+  /// [begin, end) counts tasks, then blocks of rows whose splits are to be merged: attention.h.
+  void (*attention)(const AttentionArgs&, int64_t begin, int64_t end);
+  void (*attention_merge)(const AttentionArgs&, int64_t begin, int64_t end);
 };
 
 /// The best kernels this processor runs; KVQ_CPU_ISA=baseline|avx2|avx512|neon chooses others.

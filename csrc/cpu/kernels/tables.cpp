@@ -5,6 +5,7 @@ namespace kvq::cpu::KVQ_ISA {
 #define KVQ_STRINGIFY_(x) #x
 #define KVQ_STRINGIFY(x) KVQ_STRINGIFY_(x)
 
-const Kernels table{KVQ_STRINGIFY(KVQ_ISA), encode, decode, hadamard, mlx_native};
+const Kernels table{KVQ_STRINGIFY(KVQ_ISA), encode, decode, hadamard, mlx_native, attention,
+                   attention_merge};
 
 }  // namespace kvq::cpu::KVQ_ISA

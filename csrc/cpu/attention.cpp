@@ -1,0 +1,295 @@
+// torch.ops.kvq.attention on the CPU: checks, positions, masks; then few query rows go to the
+// kernels on packed codes, many to torch's own attention over unpacked tiles.
+#include <ATen/ATen.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "kernels/attention.h"
+#include "parallel.h"
+#include "rows.h"
+
+namespace kvq::cpu {
+namespace {
+
+constexpr const char* kOp = "attention";
+constexpr int64_t kSplitGranule = 64;
+constexpr int64_t kLeastSplit = 256;
+/// Tasks to aim for; more than cores, so that uneven ones even out.
+constexpr int64_t kTasks = 64;
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+/// The op's arguments as the schema has them.
+struct Call {
+  const at::Tensor& query;
+  kvq::Packed k, v;
+  std::vector<int64_t> length;
+  Format k_format, v_format;
+  const OptionalTensor &start, &end, &mask, &sinks, &k_signs, &v_signs, &k_mean, &v_mean;
+  std::optional<double> scale;
+  double softcap;
+  int64_t window;
+  bool causal, ring;
+};
+
+void check_packed_pair(const Call& call) {
+  const at::Tensor &q = call.query, &k = call.k.codes, &v = call.v.codes;
+  check_input(kOp, "query", q, at::kCPU);
+  check_packed(kOp, "k_", call.k, call.k_format);
+  check_packed(kOp, "v_", call.v, call.v_format);
+  for (const auto* packed : {&call.k, &call.v}) {
+    TORCH_CHECK_VALUE(packed->codes.device() == q.device(), "[kvq.attention] ",
+                      packed == &call.k ? "k_codes" : "v_codes", " must be on ", q.device(),
+                      ", got ", packed->codes.device());
+  }
+  TORCH_CHECK_VALUE(k.sizes().slice(0, 3) == v.sizes().slice(0, 3),
+                    "[kvq.attention] k_codes and v_codes must agree in batch, heads and capacity, "
+                    "got ",
+                    k.sizes(), " and ", v.sizes());
+  TORCH_CHECK_VALUE(q.size(0) == k.size(0), "[kvq.attention] query has batch ", q.size(0),
+                    ", k_codes ", k.size(0));
+  TORCH_CHECK_VALUE(k.size(1) > 0 && q.size(1) % k.size(1) == 0,
+                    "[kvq.attention] query heads must be a multiple of the cache's ", k.size(1),
+                    ", got ", q.size(1));
+  const int64_t head_dim = call.k_format.head_dim(k.size(3));
+  TORCH_CHECK_VALUE(q.size(3) == head_dim, "[kvq.attention] query must have head_dim ", head_dim,
+                    " as k_codes have, got ", q.size(3));
+}
+
+void check_scalars(const Call& call) {
+  TORCH_CHECK_VALUE(call.window >= 0,
+                    "[kvq.attention] window must be positive, or 0 for none, got ", call.window);
+  TORCH_CHECK_VALUE(call.softcap >= 0 && std::isfinite(call.softcap),
+                    "[kvq.attention] softcap must be positive, or 0 for none, got ", call.softcap);
+  TORCH_CHECK_VALUE(!call.scale || std::isfinite(*call.scale),
+                    "[kvq.attention] scale must be finite, got ", call.scale.value_or(0));
+}
+
+void check_mask_and_sinks(const Call& call) {
+  const at::Tensor& q = call.query;
+  if (call.sinks) {
+    float_dtype(kOp, "sinks", call.sinks->scalar_type());
+    TORCH_CHECK_VALUE(call.sinks->dim() == 1 && call.sinks->size(0) == q.size(1),
+                      "[kvq.attention] sinks must be [", q.size(1), "], got ", call.sinks->sizes());
+    TORCH_CHECK_VALUE(call.sinks->device() == q.device(), "[kvq.attention] sinks must be on ",
+                      q.device(), ", got ", call.sinks->device());
+  }
+  if (!call.mask) return;
+  const at::Tensor& mask = *call.mask;
+  if (mask.scalar_type() != at::kBool) float_dtype(kOp, "mask (or bool)", mask.scalar_type());
+  TORCH_CHECK_VALUE(mask.device() == q.device(), "[kvq.attention] mask must be on ", q.device(),
+                    ", got ", mask.device());
+  bool fits = mask.dim() >= 1 && mask.dim() <= 4;
+  for (int64_t i = 2; fits && i <= mask.dim(); ++i) {
+    fits = mask.size(-i) == 1 || mask.size(-i) == q.size(3 - (i - 1));
+  }
+  TORCH_CHECK_VALUE(fits, "[kvq.attention] mask must broadcast to [", q.size(0), ", ", q.size(1),
+                    ", ", q.size(2), ", columns], got ", mask.sizes());
+}
+
+/// Which positions each batch row may see, window and causality of its queries included.
+std::vector<AttentionRow> visible_rows(const Call& call) {
+  const int64_t batch = call.query.size(0), queries = call.query.size(2);
+  const int64_t capacity = call.k.codes.size(2);
+  constexpr int64_t kFar = std::numeric_limits<int64_t>::max();
+  std::vector<int64_t> start(batch, 0), end(batch, kFar);
+  if (call.start) {
+    check_positions(kOp, "kv_start", *call.start, batch, at::kCPU);
+    start = position_values(*call.start, batch);
+  }
+  if (call.end) {
+    check_positions(kOp, "kv_end", *call.end, batch, at::kCPU);
+    end = position_values(*call.end, batch);
+  }
+  std::vector<AttentionRow> rows(batch);
+  for (int64_t b = 0; b < batch; ++b) {
+    const int64_t length = call.length[b];
+    TORCH_CHECK_INDEX(length >= 0, "[kvq.attention] kv_length must not be negative, got ", length);
+    const int64_t bound = std::min(length, end[b]);
+    TORCH_CHECK_INDEX(call.ring || bound <= capacity, "[kvq.attention] kv_length ", length,
+                      call.end ? " (up to kv_end " + std::to_string(end[b]) + ")" : "",
+                      " exceeds the capacity ", capacity);
+    int64_t first = std::max<int64_t>(start[b], 0);
+    if (call.ring) first = std::max(first, length - capacity);
+    if (call.window > 0) first = std::max(first, length - queries - call.window + 1);
+    rows[b] = {length, first, std::max(bound, first)};
+  }
+  return rows;
+}
+
+AttentionMask mask_of(const Call& call) {
+  if (!call.mask) return {};
+  const at::Tensor& q = call.query;
+  const at::Tensor mask = call.mask->expand({q.size(0), q.size(1), q.size(2), call.mask->size(-1)});
+  const int64_t size = mask.element_size();
+  AttentionMask out;
+  out.kind = mask.scalar_type() == at::kBool ? MaskKind::boolean : MaskKind::number;
+  if (out.kind == MaskKind::number) out.dtype = float_dtype(kOp, "mask", mask.scalar_type());
+  out.data = static_cast<const char*>(mask.const_data_ptr());
+  out.batch_stride = mask.stride(0) * size;
+  out.head_stride = mask.stride(1) * size;
+  out.query_stride = mask.stride(2) * size;
+  out.column_stride = mask.stride(3) * size;
+  out.columns = mask.size(3);
+  return out;
+}
+
+/// Blocks of query rows, splits of the tokens: from shapes and lengths alone, so that the number
+/// of threads cannot change a result.
+void plan(AttentionArgs& args) {
+  const int64_t rows = args.queries * args.heads_per_group;
+  args.block_rows = attention_block_rows(rows, args.k.layout.head_dim, args.v.layout.head_dim);
+  args.row_blocks = (rows + args.block_rows - 1) / args.block_rows;
+  int64_t most = 0;
+  for (int64_t b = 0; b < args.batch; ++b) {
+    most = std::max(most, args.rows[b].end - args.rows[b].begin);
+  }
+  const int64_t others = args.batch * args.groups * args.row_blocks;
+  const int64_t splits = std::max<int64_t>(1, kTasks / others);
+  const int64_t tokens = std::max((most + splits - 1) / splits, kLeastSplit);
+  args.split_tokens = (tokens + kSplitGranule - 1) / kSplitGranule * kSplitGranule;
+  args.splits = std::max<int64_t>(1, (most + args.split_tokens - 1) / args.split_tokens);
+}
+
+void run_packed(AttentionArgs& args) {
+  plan(args);
+  at::Tensor partial;
+  if (args.splits > 1) {
+    partial = at::empty({args.tasks() * args.block_rows * args.partial_row()}, at::kFloat);
+    args.partial = partial.mutable_data_ptr<float>();
+  }
+  // Waking threads costs more than a task of a few thousand products.
+  const int64_t work =
+      args.split_tokens * args.block_rows * (args.k.layout.head_dim + args.v.layout.head_dim);
+  const int64_t grain = std::max<int64_t>(1, (int64_t{1} << 19) / std::max<int64_t>(work, 1));
+  const Kernels& kernel = kernels();
+  parallel_for(args.tasks(), grain,
+               [&](int64_t begin, int64_t end) { kernel.attention(args, begin, end); });
+  if (args.splits == 1) return;
+  const int64_t merged = args.groups * args.batch * args.row_blocks;
+  parallel_for(merged, kTasks,
+               [&](int64_t begin, int64_t end) { kernel.attention_merge(args, begin, end); });
+}
+
+std::tuple<at::Tensor, at::Tensor> run(const Call& call) {
+  check_packed_pair(call);
+  check_scalars(call);
+  check_mask_and_sinks(call);
+  Side k{call.k_format}, v{call.v_format};
+  k.head_dim = call.query.size(3);
+  v.head_dim = call.v_format.head_dim(call.v.codes.size(3));
+  const int64_t groups = call.k.codes.size(1);
+  check_rotation_and_mean(kOp, "k_", k, groups, call.k_signs, call.k_mean, at::kCPU);
+  check_rotation_and_mean(kOp, "v_", v, groups, call.v_signs, call.v_mean, at::kCPU);
+  const std::vector<AttentionRow> rows = visible_rows(call);
+
+  const at::Tensor& q = call.query;
+  at::Tensor out = at::empty({q.size(0), q.size(1), q.size(2), v.head_dim}, q.options());
+  at::Tensor lse = at::empty({q.size(0), q.size(1), q.size(2)}, q.options().dtype(at::kFloat));
+  if (lse.numel() == 0) return {out, lse};
+
+  const at::Tensor query = q.stride(3) == 1 || q.size(3) == 1 ? q : q.contiguous();
+  const OptionalTensor sinks =
+      call.sinks ? OptionalTensor(call.sinks->to(at::kFloat).contiguous()) : std::nullopt;
+  AttentionArgs args;
+  args.k = packed_rows(kOp, call.k, call.k_format);
+  args.v = packed_rows(kOp, call.v, call.v_format);
+  args.query = rows_of(query);
+  args.dtype = float_dtype(kOp, "query", q.scalar_type());
+  args.out = static_cast<char*>(out.mutable_data_ptr());
+  args.lse = lse.mutable_data_ptr<float>();
+  args.rows = rows.data();
+  args.batch = q.size(0);
+  args.groups = groups;
+  args.heads_per_group = q.size(1) / groups;
+  args.queries = q.size(2);
+  args.capacity = call.k.codes.size(2);
+  args.window = call.window;
+  args.causal = call.causal;
+  args.ring = call.ring;
+  args.scale = static_cast<float>(call.scale.value_or(1.0 / std::sqrt(double(q.size(3)))));
+  args.softcap = static_cast<float>(call.softcap);
+  args.mask = mask_of(call);
+  args.sinks = data_or_null(sinks);
+  args.k_signs = data_or_null(k.signs);
+  args.v_signs = data_or_null(v.signs);
+  args.k_mean = data_or_null(k.mean);
+  args.v_mean = data_or_null(v.mean);
+  run_packed(args);
+  return {out, lse};
+}
+
+std::tuple<at::Tensor, at::Tensor> attention(
+    const at::Tensor& query, const at::Tensor& k_codes, const at::Tensor& k_scales,
+    const at::Tensor& k_biases, const at::Tensor& v_codes, const at::Tensor& v_scales,
+    const at::Tensor& v_biases, const at::Tensor& kv_length, std::string_view k_format,
+    int64_t k_group_size, std::string_view v_format, int64_t v_group_size,
+    const OptionalTensor& kv_start, const OptionalTensor& kv_end, const OptionalTensor& mask,
+    const OptionalTensor& sinks, const OptionalTensor& k_signs, const OptionalTensor& v_signs,
+    const OptionalTensor& k_mean, const OptionalTensor& v_mean, std::optional<double> scale,
+    double softcap, int64_t window, bool causal, bool ring) {
+  check_input(kOp, "query", query, at::kCPU);
+  check_positions(kOp, "kv_length", kv_length, query.size(0), at::kCPU);
+  return run({query,
+              {k_codes, k_scales, k_biases},
+              {v_codes, v_scales, v_biases},
+              position_values(kv_length, query.size(0)),
+              Format::parse(kOp, k_format, k_group_size),
+              Format::parse(kOp, v_format, v_group_size),
+              kv_start,
+              kv_end,
+              mask,
+              sinks,
+              k_signs,
+              v_signs,
+              k_mean,
+              v_mean,
+              scale,
+              softcap,
+              window,
+              causal,
+              ring});
+}
+
+std::tuple<at::Tensor, at::Tensor> attention_int(
+    const at::Tensor& query, const at::Tensor& k_codes, const at::Tensor& k_scales,
+    const at::Tensor& k_biases, const at::Tensor& v_codes, const at::Tensor& v_scales,
+    const at::Tensor& v_biases, int64_t kv_length, std::string_view k_format, int64_t k_group_size,
+    std::string_view v_format, int64_t v_group_size, const OptionalTensor& kv_start,
+    const OptionalTensor& kv_end, const OptionalTensor& mask, const OptionalTensor& sinks,
+    const OptionalTensor& k_signs, const OptionalTensor& v_signs, const OptionalTensor& k_mean,
+    const OptionalTensor& v_mean, std::optional<double> scale, double softcap, int64_t window,
+    bool causal, bool ring) {
+  check_input(kOp, "query", query, at::kCPU);
+  return run({query,
+              {k_codes, k_scales, k_biases},
+              {v_codes, v_scales, v_biases},
+              std::vector<int64_t>(query.size(0), kv_length),
+              Format::parse(kOp, k_format, k_group_size),
+              Format::parse(kOp, v_format, v_group_size),
+              kv_start,
+              kv_end,
+              mask,
+              sinks,
+              k_signs,
+              v_signs,
+              k_mean,
+              v_mean,
+              scale,
+              softcap,
+              window,
+              causal,
+              ring});
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(kvq, CPU, m) {
+  m.impl("attention", attention);
+  m.impl("attention.int", attention_int);
+}
+
+}  // namespace kvq::cpu

@@ -1,0 +1,253 @@
+// One vector type per instruction set: F holds kWidth floats, I as many 32-bit integers. AVX-512,
+// AVX2 and NEON by intrinsics where the compiler's own vector extension would not do.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+#if defined(__GNUC__) && !defined(__clang__)
+// GCC 12 mistakes its own _mm512_undefined_epi32 for a bug (GCC PR 105593).
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
+#if defined(__AVX2__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#elif defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
+#include "convert.h"
+
+namespace kvq::cpu::KVQ_ISA {
+
+/// Calls f with std::integral_constant 0 .. N-1: a loop whose index is a constant.
+template <int N, typename Function>
+[[gnu::always_inline]] inline void unroll(Function&& f) {
+  [&]<int... Index>(std::integer_sequence<int, Index...>) {
+    (f(std::integral_constant<int, Index>{}), ...);
+  }(std::make_integer_sequence<int, N>{});
+}
+
+#if defined(__AVX512F__)
+
+using F = __m512;
+using I = __m512i;
+constexpr int kWidth = 16;
+constexpr int kRegisters = 32;
+
+inline F load(const float* p) { return _mm512_loadu_ps(p); }
+inline I load_int(const void* p) { return _mm512_loadu_si512(p); }
+inline void store(float* p, F x) { _mm512_storeu_ps(p, x); }
+inline F splat(float x) { return _mm512_set1_ps(x); }
+inline I splat_int(uint32_t x) { return _mm512_set1_epi32(static_cast<int>(x)); }
+inline F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+inline F minimum(F a, F b) { return _mm512_min_ps(a, b); }
+inline F maximum(F a, F b) { return _mm512_max_ps(a, b); }
+inline F to_float(I x) { return _mm512_cvtepi32_ps(x); }
+inline F as_float(I x) { return _mm512_castsi512_ps(x); }
+inline I as_int(F x) { return _mm512_castps_si512(x); }
+inline I bit_and(I a, I b) { return _mm512_and_si512(a, b); }
+inline I bit_or(I a, I b) { return _mm512_or_si512(a, b); }
+inline I add_int(I a, I b) { return _mm512_add_epi32(a, b); }
+template <int N>
+inline I shift_left(I x) {
+  return _mm512_slli_epi32(x, N);
+}
+template <int N>
+inline I shift_right(I x) {
+  return _mm512_srli_epi32(x, N);
+}
+template <int N>
+inline I shift_right_signed(I x) {
+  return _mm512_srai_epi32(x, N);
+}
+inline I shift_right_lanes(I x, I n) { return _mm512_srlv_epi32(x, n); }
+inline I round_to_int(F x) { return _mm512_cvtps_epi32(x); }
+inline F select_less(F a, F b, F then, F otherwise) {
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), otherwise, then);
+}
+inline F gather(const float* table, I index) { return _mm512_i32gather_ps(index, table, 4); }
+inline F half_lanes(I x) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(x)); }
+inline float sum(F x) { return _mm512_reduce_add_ps(x); }
+inline float largest(F x) { return _mm512_reduce_max_ps(x); }
+
+#elif defined(__AVX2__)
+
+using F = __m256;
+using I = __m256i;
+constexpr int kWidth = 8;
+constexpr int kRegisters = 16;
+
+inline F load(const float* p) { return _mm256_loadu_ps(p); }
+inline I load_int(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+inline void store(float* p, F x) { _mm256_storeu_ps(p, x); }
+inline F splat(float x) { return _mm256_set1_ps(x); }
+inline I splat_int(uint32_t x) { return _mm256_set1_epi32(static_cast<int>(x)); }
+inline F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+inline F minimum(F a, F b) { return _mm256_min_ps(a, b); }
+inline F maximum(F a, F b) { return _mm256_max_ps(a, b); }
+inline F to_float(I x) { return _mm256_cvtepi32_ps(x); }
+inline F as_float(I x) { return _mm256_castsi256_ps(x); }
+inline I as_int(F x) { return _mm256_castps_si256(x); }
+inline I bit_and(I a, I b) { return _mm256_and_si256(a, b); }
+inline I bit_or(I a, I b) { return _mm256_or_si256(a, b); }
+inline I add_int(I a, I b) { return _mm256_add_epi32(a, b); }
+template <int N>
+inline I shift_left(I x) {
+  return _mm256_slli_epi32(x, N);
+}
+template <int N>
+inline I shift_right(I x) {
+  return _mm256_srli_epi32(x, N);
+}
+template <int N>
+inline I shift_right_signed(I x) {
+  return _mm256_srai_epi32(x, N);
+}
+inline I shift_right_lanes(I x, I n) { return _mm256_srlv_epi32(x, n); }
+inline I round_to_int(F x) { return _mm256_cvtps_epi32(x); }
+inline F select_less(F a, F b, F then, F otherwise) {
+  return _mm256_blendv_ps(otherwise, then, _mm256_cmp_ps(a, b, _CMP_LT_OQ));
+}
+inline F gather(const float* table, I index) { return _mm256_i32gather_ps(table, index, 4); }
+/// Lanes hold a float16 in their low half and zeros above.
+inline F half_lanes(I x) {
+  const __m256i packed = _mm256_packus_epi32(x, x);
+  return _mm256_cvtph_ps(_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
+}
+inline float sum(F x) {
+  __m128 y = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  y = _mm_add_ps(y, _mm_movehl_ps(y, y));
+  return _mm_cvtss_f32(_mm_add_ss(y, _mm_movehdup_ps(y)));
+}
+inline float largest(F x) {
+  __m128 y = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  y = _mm_max_ps(y, _mm_movehl_ps(y, y));
+  return _mm_cvtss_f32(_mm_max_ss(y, _mm_movehdup_ps(y)));
+}
+
+#else  // NEON, and what every x86-64 has
+
+typedef float F __attribute__((vector_size(16)));
+typedef int32_t I __attribute__((vector_size(16)));
+typedef uint32_t U __attribute__((vector_size(16)));
+constexpr int kWidth = 4;
+#if defined(__aarch64__)
+constexpr int kRegisters = 32;
+#else
+constexpr int kRegisters = 16;
+#endif
+
+inline F load(const float* p) {
+  F x;
+  std::memcpy(&x, p, 16);
+  return x;
+}
+inline I load_int(const void* p) {
+  I x;
+  std::memcpy(&x, p, 16);
+  return x;
+}
+inline void store(float* p, F x) { std::memcpy(p, &x, 16); }
+inline F splat(float x) { return F{x, x, x, x}; }
+inline I splat_int(uint32_t x) { return I(U{x, x, x, x}); }
+inline F fma(F a, F b, F c) {
+#if defined(__aarch64__)
+  return F(vfmaq_f32(float32x4_t(c), float32x4_t(a), float32x4_t(b)));
+#else
+  return a * b + c;
+#endif
+}
+inline F minimum(F a, F b) { return a < b ? a : b; }
+inline F maximum(F a, F b) { return a > b ? a : b; }
+inline F to_float(I x) { return __builtin_convertvector(x, F); }
+inline F as_float(I x) { return F(x); }
+inline I as_int(F x) { return I(x); }
+inline I bit_and(I a, I b) { return a & b; }
+inline I bit_or(I a, I b) { return a | b; }
+inline I add_int(I a, I b) { return a + b; }
+template <int N>
+inline I shift_left(I x) {
+  return I(U(x) << N);
+}
+template <int N>
+inline I shift_right(I x) {
+  return I(U(x) >> N);
+}
+template <int N>
+inline I shift_right_signed(I x) {
+  return x >> N;
+}
+inline I shift_right_lanes(I x, I n) { return I(U(x) >> U(n)); }
+inline I round_to_int(F x) {
+#if defined(__aarch64__)
+  return I(vcvtnq_s32_f32(float32x4_t(x)));
+#else
+  return I(_mm_cvtps_epi32(__m128(x)));
+#endif
+}
+inline F select_less(F a, F b, F then, F otherwise) { return a < b ? then : otherwise; }
+inline F gather(const float* table, I index) {
+  return F{table[index[0]], table[index[1]], table[index[2]], table[index[3]]};
+}
+/// Lanes hold a float16 in their low half and zeros above.
+inline F half_lanes(I x) {
+#if defined(__aarch64__)
+  return F(vcvt_f32_f16(float16x4_t(vmovn_u32(uint32x4_t(x)))));
+#else
+  F y;
+  for (int i = 0; i < 4; ++i) y[i] = half_to_float(static_cast<uint16_t>(x[i]));
+  return y;
+#endif
+}
+inline float sum(F x) { return (x[0] + x[2]) + (x[1] + x[3]); }
+inline float largest(F x) {
+  const float a = x[0] > x[1] ? x[0] : x[1], b = x[2] > x[3] ? x[2] : x[3];
+  return a > b ? a : b;
+}
+
+#endif
+
+// F is a vector of the compiler's in every instruction set: + - * / are its own.
+
+/// e^x to about one unit in the last place for x up to 88; 0 below -87, NaN stays NaN.
+inline F exponential(F x) {
+  const F lowest = splat(-87.0f);
+  // The operand order keeps NaN: the second operand comes back.
+  const F bounded = minimum(splat(88.0f), maximum(lowest, x));
+  const I n = round_to_int(bounded * splat(1.44269504f));
+  const F whole = to_float(n);
+  F r = fma(whole, splat(-0.693359375f), bounded);
+  r = fma(whole, splat(2.12194440e-4f), r);
+  F y = splat(1.9875691500e-4f);
+  y = fma(y, r, splat(1.3981999507e-3f));
+  y = fma(y, r, splat(8.3334519073e-3f));
+  y = fma(y, r, splat(4.1665795894e-2f));
+  y = fma(y, r, splat(1.6666665459e-1f));
+  y = fma(y, r, splat(5.0000001201e-1f));
+  y = fma(y * r, r, r + splat(1.0f));
+  y = y * as_float(shift_left<23>(add_int(n, splat_int(127))));
+  return select_less(x, lowest, splat(0.0f), y);
+}
+
+/// tanh(x), accurate to a few units in the last place also where x is small; NaN stays NaN.
+inline F hyperbolic_tangent(F x) {
+  const F magnitude = maximum(splat(0.0f) - x, x);
+  const F square = x * x;
+  F small = splat(-5.70498872745e-3f);
+  small = fma(small, square, splat(2.06390887954e-2f));
+  small = fma(small, square, splat(-5.37397155531e-2f));
+  small = fma(small, square, splat(1.33314422036e-1f));
+  small = fma(small, square, splat(-3.33332819422e-1f));
+  small = fma(small * square, x, x);
+  const F e = exponential(minimum(splat(40.0f), magnitude + magnitude));
+  const F large = splat(1.0f) - splat(2.0f) / (e + splat(1.0f));
+  const F wide = select_less(x, splat(0.0f), splat(0.0f) - large, large);
+  return select_less(splat(0.625f), magnitude, wide, small);
+}
+
+}  // namespace kvq::cpu::KVQ_ISA
