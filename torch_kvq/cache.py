@@ -255,7 +255,8 @@ class QuantizedKVCache(nn.Module):
         tokens = key.shape[2]
         self._check_append(key, value, lengths)
         past = self.kv_length
-        was_empty = self._host.value == 0
+        # Only a chunk asks: reading the host's length would make a compiled step depend on it.
+        was_empty = tokens > 1 and self._host.value == 0
         overflow = None
         if self.ring and not was_empty and tokens > self._ring_chunk():
             overflow = self._linear_view(key, value)
@@ -273,7 +274,7 @@ class QuantizedKVCache(nn.Module):
         )
         self._write_windows(key, value, past)
         self._advance(tokens, lengths)
-        if was_empty and tokens > 1 and lengths is None:
+        if was_empty and lengths is None:
             empty = key.new_empty(*key.shape[:3], 0)
             return KVView(
                 Packed(key, empty, empty), Packed(value, empty, empty), tokens, tokens, fresh=True
