@@ -9,7 +9,6 @@ Buffers are read and written in place of a GPU's: outputs are there when launch 
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import re
@@ -317,18 +316,18 @@ class Library:
         return _ConstantValue(key, data.nbytes, data.ctypes.data)
 
     def symbolize(self, message: str) -> str:
-        """Replaces code offsets in a message by lines of the source, where llvm-symbolizer is there."""
-        tool = requirements.symbolizer()
+        """Replaces code offsets in a message by lines of the source, where addr2line is there."""
+        tool = requirements.addr2line()
         offsets = re.findall(r"\[pc (0x[0-9a-f]+)\]", message)
         if not tool or not offsets:
             return message
-        command = [tool, f"--obj={self.path}", "--no-inlines", "--functions=none", *offsets]
-        with contextlib.suppress(OSError):
-            lines = subprocess.run(command, capture_output=True, text=True).stdout.split("\n\n")
-            for offset, line in zip(offsets, lines, strict=False):
-                place = re.sub(r":\d+$", "", line.strip())
-                if place and not place.startswith("??"):
-                    message = message.replace(f"[pc {offset}]", f"({Path(place).name})")
+        # The offset is that of the instruction after the call.
+        calls = [hex(int(offset, 16) - 1) for offset in offsets]
+        result = subprocess.run([tool, "-e", str(self.path), *calls], capture_output=True, text=True, check=False)
+        for offset, line in zip(offsets, result.stdout.splitlines(), strict=False):
+            if not line.startswith("??"):
+                place = Path(line.split(" ")[0]).name
+                message = message.replace(f"[pc {offset}]", f"({place})")
         return message
 
 

@@ -30,10 +30,9 @@ def ptxas() -> str | None:
 
 
 @functools.cache
-def symbolizer() -> str | None:
-    """Path of llvm-symbolizer, which turns code offsets in race reports into lines. Optional."""
-    beside = Path(os.path.realpath(clang() or "/")).parent / "llvm-symbolizer"
-    return str(beside) if beside.exists() else shutil.which("llvm-symbolizer-19")
+def addr2line() -> str | None:
+    """Path of addr2line (binutils), which turns code offsets in race reports into lines. Optional."""
+    return shutil.which("addr2line")
 
 
 @functools.cache

@@ -77,8 +77,12 @@ def flatten(path: str | Path, include_dirs: Iterable[str | Path] = ()) -> str:
 
     Includes that are not found (<metal_stdlib> and the like) stay.
     """
-    path = Path(path)
-    return _flatten(path.read_text(), path, [Path(d) for d in include_dirs], set())
+    return flatten_text(Path(path).read_text(), path, include_dirs)
+
+
+def flatten_text(text: str, path: str | Path, include_dirs: Iterable[str | Path] = ()) -> str:
+    """`flatten` of a text that stands for the file at `path`."""
+    return _flatten(text, Path(path), [Path(d) for d in include_dirs], set())
 
 
 _INCLUDE = re.compile(r'[ \t]*#[ \t]*(?:include|import)[ \t]*([<"])([^>"]+)[>"]')
