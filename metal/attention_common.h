@@ -5,16 +5,16 @@
 #include "attention_formats.h"
 
 /// The buffers of the decode and the prefill kernel, in the order of csrc/mps/attention.mm.
-#define KVQ_ATTENTION_BUFFERS(T)                                                              \
-  device const T *query [[buffer(0)]], device const uchar *k_codes [[buffer(1)]],             \
-      device const uchar *k_scales [[buffer(2)]], device const uchar *k_biases [[buffer(3)]], \
-      device const uchar *v_codes [[buffer(4)]], device const uchar *v_scales [[buffer(5)]],  \
+#define KVQ_ATTENTION_BUFFERS(T)                                                               \
+  device const T *query [[buffer(0)]], device const uchar *k_codes [[buffer(1)]],              \
+      device const uchar *k_scales [[buffer(2)]], device const uchar *k_biases [[buffer(3)]],  \
+      device const uchar *v_codes [[buffer(4)]], device const uchar *v_scales [[buffer(5)]],   \
       device const uchar *v_biases [[buffer(6)]], device const uchar *kv_length [[buffer(7)]], \
-      device const uchar *kv_start [[buffer(8)]], device const uchar *kv_end [[buffer(9)]],   \
-      device const uchar *mask [[buffer(10)]], device const float *sinks [[buffer(11)]],      \
-      device const float *k_signs [[buffer(12)]], device const float *v_signs [[buffer(13)]], \
-      device const float *k_mean [[buffer(14)]], device const float *v_mean [[buffer(15)]],   \
-      device T *out [[buffer(16)]], device float *lse [[buffer(17)]],                         \
+      device const uchar *kv_start [[buffer(8)]], device const uchar *kv_end [[buffer(9)]],    \
+      device const uchar *mask [[buffer(10)]], device const float *sinks [[buffer(11)]],       \
+      device const float *k_signs [[buffer(12)]], device const float *v_signs [[buffer(13)]],  \
+      device const float *k_mean [[buffer(14)]], device const float *v_mean [[buffer(15)]],    \
+      device T *out [[buffer(16)]], device float *lse [[buffer(17)]],                          \
       device float *partial [[buffer(18)]], constant KvqAttentionParams &p [[buffer(19)]]
 
 /// Below every score; a running maximum starts here. Finite, so that no inf - inf arises.
@@ -53,11 +53,11 @@ inline KvqSpan kvq_query_span(constant KvqAttentionParams& p, KvqSpan row, long 
 
 /// The tokens that a threadgroup works on, counted from `first`.
 struct KvqTokens {
-  long first;   ///< position of token 0
-  uint count;   ///< tokens that any of its queries sees
-  uint begin;   ///< first token of this split
-  uint end;     ///< one past its last
-  uint slot;    ///< slot of token 0
+  long first;  ///< position of token 0
+  uint count;  ///< tokens that any of its queries sees
+  uint begin;  ///< first token of this split
+  uint end;    ///< one past its last
+  uint slot;   ///< slot of token 0
 };
 
 /// first_query and last_query are the outermost of the threadgroup's queries.
@@ -169,16 +169,6 @@ inline float3 kvq_end_row(float m, float l, bool has_sink, float sink) {
   return float3(share, l * share, m + log(total));
 }
 
-/// float to T; a finite value too large for float16 saturates.
-template <typename T>
-inline T kvq_store(float x) {
-  return T(x);
-}
-template <>
-inline half kvq_store<half>(float x) {
-  return half(x > 65504.0f && !isinf(x) ? 65504.0f : x < -65504.0f && !isinf(x) ? -65504.0f : x);
-}
-
 /// (query, head) row number m of a KV head: heads are innermost, so that neighbours see the same
 /// tokens.
 struct KvqRow {
@@ -226,7 +216,7 @@ inline void kvq_write_rows(constant KvqAttentionParams& p, threadgroup float* x,
       const float3 end = kvq_end_row(m[r], l[r], has_sink, has_sink ? sinks[row.head] : 0.0f);
       float y = end.x * x[i];
       if (p.v.centred != 0) y += end.y * v_mean[ulong(group) * DV + d];
-      out[number * DV + d] = kvq_store<T>(y);
+      out[number * DV + d] = T(y);
       if (d == 0) lse[number] = end.z;
     }
   }

@@ -15,23 +15,24 @@
 /// Shape of the score phase.
 template <typename F, uint D>
 struct KvqKeyShape {
-  KVQ_CONST uint kChunk = kvq_power(D, F::kMaxChunk);                 ///< elements of a chunk
-  KVQ_CONST uint kChunks = D / kChunk;                                ///< chunks of a row
-  KVQ_CONST uint kLanes = kvq_power(kChunks, 4);                      ///< lanes that share a row
-  KVQ_CONST uint kTurns = kChunks / kLanes;                           ///< chunks of a lane
-  KVQ_CONST uint kBytes = kChunk * F::kBits / 8;                      ///< bytes of a chunk
-  KVQ_CONST uint kWords = (kBytes + 3) / 4;                           ///< words of a chunk
-  KVQ_CONST uint kUnpack = kChunk % 8 == 0 ? 8 : kChunk;              ///< elements at a time
+  KVQ_CONST uint kChunk = kvq_power(D, F::kMaxChunk);     ///< elements of a chunk
+  KVQ_CONST uint kChunks = D / kChunk;                    ///< chunks of a row
+  KVQ_CONST uint kLanes = kvq_power(kChunks, 4);          ///< lanes that share a row
+  KVQ_CONST uint kTurns = kChunks / kLanes;               ///< chunks of a lane
+  KVQ_CONST uint kBytes = kChunk * F::kBits / 8;          ///< bytes of a chunk
+  KVQ_CONST uint kWords = (kBytes + 3) / 4;               ///< words of a chunk
+  KVQ_CONST uint kUnpack = kChunk % 8 == 0 ? 8 : kChunk;  ///< elements at a time
 };
 
 /// Shape of the value phase.
 template <typename F, uint DV, uint R>
 struct KvqValueShape {
   /// R * kChunk accumulators a lane: 64 at most.
-  KVQ_CONST uint kChunk =
-      kvq_value_chunk(DV, kvq_least(F::kMaxChunk, R <= 2 ? 32 : R == 4 ? 16 : 8));
-  KVQ_CONST uint kLanes = DV / kChunk;       ///< lanes that share a row
-  KVQ_CONST uint kRows = 32 / kLanes;        ///< rows that a simdgroup reads at once
+  KVQ_CONST uint kChunk = kvq_value_chunk(DV, kvq_least(F::kMaxChunk, R <= 2   ? 32
+                                                                      : R == 4 ? 16
+                                                                               : 8));
+  KVQ_CONST uint kLanes = DV / kChunk;  ///< lanes that share a row
+  KVQ_CONST uint kRows = 32 / kLanes;   ///< rows that a simdgroup reads at once
   KVQ_CONST uint kBytes = kChunk * F::kBits / 8;
   KVQ_CONST uint kWords = (kBytes + 3) / 4;
   KVQ_CONST uint kUnpack = kChunk % 8 == 0 ? 8 : kChunk;
@@ -83,8 +84,7 @@ template <typename T, typename KF, typename VF, uint D, uint DV, uint R, bool AL
 [[kernel, max_total_threads_per_threadgroup(KVQ_ATTENTION_THREADS)]] void kvq_attention_decode(
     KVQ_ATTENTION_BUFFERS(T), uint3 position [[threadgroup_position_in_grid]],
     uint thread_index [[thread_index_in_threadgroup]],
-    uint simdgroup [[simdgroup_index_in_threadgroup]],
-    uint lane [[thread_index_in_simdgroup]]) {
+    uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
   typedef KvqKeyShape<KF, D> K;
   typedef KvqValueShape<VF, DV, R> V;
   typedef KvqQueryTile<KF, D, R> Q;
@@ -142,7 +142,8 @@ template <typename T, typename KF, typename VF, uint D, uint DV, uint R, bool AL
   KVQ_UNROLL for (uint j = 0; j < per_thread; ++j) {
     const uint i = thread_index + j * KVQ_ATTENTION_THREADS;
     const uint chunk = i / R / K::kChunk;
-    if (i < R * D) mine[j] = rows[i % R * D + KF::template element<K::kChunk>(chunk, i / R % K::kChunk)];
+    if (i < R * D)
+      mine[j] = rows[i % R * D + KF::template element<K::kChunk>(chunk, i / R % K::kChunk)];
   }
   if (KF::kBiased) {
     for (uint i = thread_index; i < K::kChunks * R; i += KVQ_ATTENTION_THREADS) {
@@ -198,9 +199,9 @@ template <typename T, typename KF, typename VF, uint D, uint DV, uint R, bool AL
       KVQ_UNROLL for (uint u = 0; u < K::kLanes; ++u) {
         device const uchar* codes = keys.codes + slot[u] * p.k.codes_token;
         kvq_load<K::kBytes, ALIGNED>(codes + KF::template offset<K::kChunk>(chunk), words[u]);
-        scale[u] = KF::template scale_bias<K::kChunk>(
-            codes, keys.scales + slot[u] * p.k.scales_token,
-            keys.biases + slot[u] * p.k.biases_token, chunk);
+        scale[u] =
+            KF::template scale_bias<K::kChunk>(codes, keys.scales + slot[u] * p.k.scales_token,
+                                               keys.biases + slot[u] * p.k.biases_token, chunk);
       }
       float dot[K::kLanes][R];
       KVQ_UNROLL for (uint u = 0; u < K::kLanes; ++u) {
@@ -270,9 +271,9 @@ template <typename T, typename KF, typename VF, uint D, uint DV, uint R, bool AL
         const ulong slot = kvq_slot(p, tokens, min(t + row, tokens.end - 1));
         device const uchar* codes = values.codes + slot * p.v.codes_token;
         kvq_load<V::kBytes, ALIGNED>(codes + VF::template offset<V::kChunk>(v_chunk), words[u]);
-        scale[u] = VF::template scale_bias<V::kChunk>(
-            codes, values.scales + slot * p.v.scales_token,
-            values.biases + slot * p.v.biases_token, v_chunk);
+        scale[u] =
+            VF::template scale_bias<V::kChunk>(codes, values.scales + slot * p.v.scales_token,
+                                               values.biases + slot * p.v.biases_token, v_chunk);
       }
       KVQ_UNROLL for (uint u = 0; u < V::kInFlight; ++u) {
         const uint row = j + u * V::kRows + v_row;

@@ -240,9 +240,7 @@ struct KvqDense : KvqPlain {
   template <uint E>
   static inline void unpack(thread const uint* words, uint i, threadgroup const float*,
                             thread float* c) {
-    KVQ_UNROLL for (uint e = 0; e < E; ++e) {
-      c[e] = value(words, i + e, S(0));
-    }
+    KVQ_UNROLL for (uint e = 0; e < E; ++e) { c[e] = value(words, i + e, S(0)); }
   }
 
  private:
@@ -273,7 +271,7 @@ constexpr uint kvq_wide_chunk(uint d, uint step) {
 /// Elements a lane takes when one simdgroup must cover a row of d: about `wanted`.
 constexpr uint kvq_value_chunk(uint d, uint wanted) {
   return d / kvq_power(d, wanted) <= 32 ? kvq_power(d, wanted)
-                                         : kvq_wide_chunk(d, d % 8 == 0 ? 8 : 1);
+                                        : kvq_wide_chunk(d, d % 8 == 0 ? 8 : 1);
 }
 
 /// Copies a codebook into threadgroup memory, where divergent look-ups are cheap.

@@ -9,10 +9,8 @@ template <typename T>
     device const float* partial [[buffer(0)]], device const float* sinks [[buffer(1)]],
     device const float* v_signs [[buffer(2)]], device const float* v_mean [[buffer(3)]],
     device T* out [[buffer(4)]], device float* lse [[buffer(5)]],
-    constant KvqAttentionParams& p [[buffer(6)]],
-    uint3 position [[threadgroup_position_in_grid]],
-    uint thread_index [[thread_index_in_threadgroup]],
-    uint lane [[thread_index_in_simdgroup]]) {
+    constant KvqAttentionParams& p [[buffer(6)]], uint3 position [[threadgroup_position_in_grid]],
+    uint thread_index [[thread_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
   threadgroup float x[KVQ_MERGE_DIM];
   threadgroup float share[KVQ_ATTENTION_MAX_SPLITS];
   const uint dim = p.value_dim, query = position.x, head = position.y, batch = position.z;
@@ -27,8 +25,7 @@ template <typename T>
     l += from[s * (dim + 2) + dim + 1] * kvq_exp(from[s * (dim + 2) + dim] - m);
   }
   l = simd_sum(l);
-  const float3 end =
-      kvq_end_row(m, l, p.has_sinks != 0, p.has_sinks != 0 ? sinks[head] : 0.0f);
+  const float3 end = kvq_end_row(m, l, p.has_sinks != 0, p.has_sinks != 0 ? sinks[head] : 0.0f);
   if (thread_index < p.splits) {
     share[thread_index] = kvq_exp(from[thread_index * (dim + 2) + dim] - m);
   }
@@ -43,14 +40,14 @@ template <typename T>
   for (uint d = thread_index; d < dim; d += KVQ_ATTENTION_THREADS) {
     float y = end.x * x[d];
     if (p.v.centred != 0) y += end.y * v_mean[ulong(group) * dim + d];
-    out[number * dim + d] = kvq_store<T>(y);
+    out[number * dim + d] = T(y);
   }
   if (thread_index == 0) lse[number] = end.z;
 }
 
-#define KVQ_INSTANTIATE(T)                                              \
-  template [[host_name("kvq_attention_merge_" #T)]] [[kernel]] decltype( \
-      kvq_attention_merge<T>) kvq_attention_merge<T>;
+#define KVQ_INSTANTIATE(T)                                                                      \
+  template [[host_name("kvq_attention_merge_" #T)]] [[kernel]] decltype(kvq_attention_merge<T>) \
+      kvq_attention_merge<T>;
 KVQ_INSTANTIATE(float)
 KVQ_INSTANTIATE(half)
 KVQ_INSTANTIATE(bfloat)

@@ -1,0 +1,1 @@
+"""Tests of the shipped Metal kernels on the emulator."""
