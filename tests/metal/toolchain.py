@@ -112,6 +112,8 @@ def _flatten(text: str, path: Path, include_dirs: Sequence[Path], once: set[Path
 def preprocess(source: str, defines: Mapping[str, str] | None = None) -> str:
     """Expands macros. Metal's own headers are taken out: the shim defines what they do."""
     source = re.sub(r"^[ \t]*#[ \t]*(?:include|import)[ \t]*<(metal_|simd/|stdint|stddef|limits)[^>]*>.*$", "", source, flags=re.M)
+    if not source.startswith("#line"):
+        source = '#line 1 "source.metal"\n' + source
     command = [_clang(), "-E", "-x", "c++", "-std=c++17", "-nostdinc", "-undef", "-w", "-"]
     command += [f"-D{name}={value}" for name, value in {**DEFINES, **(defines or {})}.items()]
     result = subprocess.run(command, input=source, capture_output=True, text=True)
@@ -279,7 +281,11 @@ def strict_check(source: str, *, defines: Mapping[str, str] | None = None, subse
     """What a Metal compiler, or with `subset` the rules of this project, would object to: empty if nothing."""
     from .msl.lint import lint
 
-    return lint(source, preprocess(source, defines), subset)
+    try:
+        preprocessed = preprocess(source, defines)
+    except CompileError as error:
+        return [line for line in str(error).splitlines() if "error: " in line]
+    return lint(preprocessed, subset)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

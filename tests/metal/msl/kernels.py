@@ -140,7 +140,7 @@ class _Finder:
         self.kernels[name] = kernel
         for a, b in ranges + late:
             source.erase(a, b)
-        source.code[after].prefix += "static "
+        source.code[after].prefix += "MSL_KERNEL_FN "
         if header_at is not None and max_threads:
             template = re.sub(r"\bstatic\b|\binline\b", "", header)
             source.code[header_at].prefix = (

@@ -29,16 +29,22 @@ _KINDS = (
     "cannot bind reference",
     "no viable function",
 )
-_SPACES = re.compile(r"__global|__local|__constant|address_space\(|address space")
+_COPIES = ("no matching constructor for initialization of", "no viable overloaded '='", "no viable constructor copying")
+_SPACES = re.compile(r"__global|__local|__constant|MSL_(device|constant|threadgroup)|address_space\(|address space")
 
 
-def repair(text: str, diagnostics: str, file: str) -> str:
-    """The text with msl_flat around each expression that an error blames on its address space."""
+def repair(text: str, diagnostics: str, file: str, copies_only: bool = False) -> str:
+    """The text with msl_flat around each expression that an error blames on its address space.
+
+    With copies_only, calls of methods stay errors: Metal allows them only on methods qualified with the address space.
+    """
     errors = _errors(diagnostics, file)
     wraps: set[tuple[int, int]] = set()
     starts = _line_starts(text)
     for ranges, column, line, message, notes in errors:
         if not any(kind in message for kind in _KINDS) or not _SPACES.search(message + notes):
+            continue
+        if copies_only and not any(kind in message for kind in _COPIES):
             continue
         for range_ in _expressions(text, starts, message, line, column, ranges):
             wraps.add(range_)

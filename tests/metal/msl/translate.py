@@ -258,7 +258,7 @@ def _method_qualifiers(source: Source) -> None:
             end = source.closing(end)
         is_const = any(t.text == "const" for t in code[close : i + 2])
         plain = " ".join(t.text for t in code[begin : close + 1] if t.text not in SPACES)
-        token.text = ""
+        token.text = "MSL_QUALIFIED_METHOD"
         if (scope, f"{plain} {is_const}") in seen:
             source.erase(begin, end + 1)
         seen.add((scope, f"{plain} {is_const}"))

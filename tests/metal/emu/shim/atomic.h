@@ -1,6 +1,7 @@
 // <metal_atomic>. Threads of the emulator are fibers of one thread: an atomic operation is a plain read and a plain
 // write, both reported to the race detector as atomic.
 #pragma once
+#pragma clang system_header
 #include "sync.h"
 
 namespace metal {

@@ -5,6 +5,7 @@
 //   MSL_STRICT     address spaces and overloads only, for -fsyntax-only
 //   __NVPTX__      PTX
 #pragma once
+#pragma clang system_header
 
 typedef unsigned char uchar;
 typedef unsigned short ushort;
@@ -151,6 +152,8 @@ void emu_unset_constant(const char* name);
 
 // ---- what the translation turns declarations into
 #define MSL_STRIP(...) __VA_ARGS__
+#define MSL_KERNEL_FN static
+#define MSL_QUALIFIED_METHOD
 #if defined(__NVPTX__)
 #define MSL_THREADGROUP(T, name, dims) \
   static __attribute__((address_space(3), loader_uninitialized)) MSL_STRIP T name MSL_STRIP dims

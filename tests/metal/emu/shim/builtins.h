@@ -1,5 +1,6 @@
 // The compiler builtins under metal_stdlib, for sources that add overloads of their own on top of them.
 #pragma once
+#pragma clang system_header
 #include "matrix.h"
 
 #define __METAL_FAST_MATH__ 1

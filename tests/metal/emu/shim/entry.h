@@ -2,6 +2,7 @@
 // kernel's own signature:
 //   MSL_KERNEL(id, "host name", (function), max_threads, (uses...), MSL_PARAM(attribute, index, "name", condition)...)
 #pragma once
+#pragma clang system_header
 #include "builtins.h"
 
 enum msl_attribute {
@@ -260,5 +261,5 @@ void msl_check(void (*)(P...), msl_specs<S...>) {
   (void(sizeof(msl_check_param<S, P>)), ...);
 }
 #define MSL_STRICT_KERNEL(id, function, specs) \
-  inline void msl_check_##id() { msl_check(MSL_STRIP function, msl_specs<MSL_STRIP specs>()); }
+  void msl_check_##id() { msl_check(MSL_STRIP function, msl_specs<MSL_STRIP specs>()); }
 #endif

@@ -1,5 +1,6 @@
 // <metal_integer>, <metal_relational>, <metal_pack>.
 #pragma once
+#pragma clang system_header
 #include "math.h"
 
 namespace metal {

@@ -2,6 +2,7 @@
 // ambiguous there is ambiguous here. bfloat has no overloads of its own there; outside the strict check it is taken
 // through float, by templates that give way to any overload that a source adds.
 #pragma once
+#pragma clang system_header
 #include "traits.h"
 
 namespace msl_scalar {  // one function per name, on float

@@ -1,5 +1,6 @@
 // <metal_matrix>, <metal_simdgroup_matrix>.
 #pragma once
+#pragma clang system_header
 #include "atomic.h"
 
 namespace metal {

@@ -1,5 +1,6 @@
 // Barriers, <metal_simdgroup>, <metal_quadgroup>.
 #pragma once
+#pragma clang system_header
 #include "integer.h"
 
 namespace metal {

@@ -1,5 +1,6 @@
 // <metal_type_traits>, <metal_limits>, <metal_array>, <metal_utility>, as_type.
 #pragma once
+#pragma clang system_header
 #include "vector.h"
 
 namespace metal {

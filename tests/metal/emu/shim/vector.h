@@ -1,6 +1,7 @@
 // Vectors: ext_vector_type underneath, with the constructors and conversions of Metal on top.
 // The translation writes T(...), (T)x and static_cast<T>(x) as msl_make<T>(...) wherever T may name a vector.
 #pragma once
+#pragma clang system_header
 #include "base.h"
 
 template <class T, int N>
