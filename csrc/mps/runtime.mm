@@ -232,6 +232,8 @@ Command prepare(const Launch& launch) {
 
   TORCH_CHECK(launch.threads.is_given() != launch.threadgroups.is_given(), "[kvq.metal] kernel ",
               launch.kernel, ": give either threads or threadgroups");
+  TORCH_CHECK(launch.threads_per_threadgroup.is_given(), "[kvq.metal] kernel ", launch.kernel,
+              ": threads_per_threadgroup is missing");
   command.grid_in_threads = launch.threads.is_given();
   command.grid = to_metal(grid_of(launch), "the grid", launch);
   command.threadgroup = to_metal(launch.threads_per_threadgroup, "the threadgroup", launch);

@@ -49,6 +49,7 @@ __all__ = [
     "configure",
     "install",
     "load_host_code",
+    "python_environment",
     "reset_stats",
     "stats",
     "unavailable_reason",
@@ -98,10 +99,9 @@ def _backend_target(device: Path) -> Target:
 
 def _toolchain_key() -> str:
     """Changes with any file that compiled kernels depend on."""
-    files = sorted(TOOLCHAIN.parent.rglob("*"))
-    kinds = {".py", ".h", ".hpp", ".cpp", ".c", ".S", ""}
-    parts = [f for f in files if f.is_file() and f.suffix in kinds and "__pycache__" not in f.parts]
-    return build.digest(*(part.read_bytes() for part in parts))
+    folder = TOOLCHAIN.parent
+    files = [TOOLCHAIN, *sorted(folder.glob("emu/**/*")), *sorted(folder.glob("msl/**/*.py"))]
+    return build.digest(*(file.read_bytes() for file in files if file.is_file()))
 
 
 def install(*, product: bool = True, **settings: object) -> None:
@@ -171,15 +171,25 @@ def _install_product() -> None:
 
 
 def load_host_code(
-    name: str, sources: Sequence[Path], metal: Path, include: Sequence[Path] = ()
+    name: str,
+    sources: Sequence[Path],
+    metal: Path,
+    include: Sequence[Path] = (),
+    *,
+    metallib: bool = False,
 ) -> None:
-    """Builds host code with the Metal libraries of a folder embedded, and loads it."""
+    """Builds host code with the Metal libraries of a folder embedded, and loads it.
+
+    With ``metallib`` they are embedded as "compiled" libraries, which for the software device are
+    their source, so that the runtime takes the way it takes on a Mac with Xcode.
+    """
     import torch
 
     if _device_path is None:
         raise RuntimeError("call install() first")
-    generated = build.cache_dir() / "generated" / name
-    embed.embed(metal, generated / "metal_libraries.h", include)
+    generated = build.cache_dir() / "generated" / f"{name}{'-metallib' if metallib else ''}"
+    compile_metal = str.encode if metallib else None
+    embed.embed(metal, generated / "metal_libraries.h", include, compile_metal)
     target = Target(name, sources, [generated, *include], uses_torch=True, libraries=[_device_path])
     torch.ops.load_library(str(build.build(target)))
 
@@ -217,6 +227,11 @@ def reset_stats() -> None:
         if name not in LIVING:
             values[index] = 0
     values[COUNTERS.index("peak_buffer_bytes")] = values[COUNTERS.index("buffer_bytes")]
+
+
+def python_environment(**changes: str) -> dict[str, str]:
+    """Environment of a Python process that is to import this package by the same name."""
+    return os.environ | {"PYTHONPATH": f"{HERE.parent}{os.pathsep}{ROOT}"} | changes
 
 
 def asan_environment() -> dict[str, str]:

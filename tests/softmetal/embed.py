@@ -1,13 +1,13 @@
 """Writes metal_libraries.h: the .metal files, flattened, as the strings the host runtime compiles.
 
-python embed.py metal/ build/metal_libraries.h
+Usage: ``python embed.py metal/ build/metal_libraries.h``
 """
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 INCLUDE = re.compile(r'\s*#\s*include\s+"([^"]+)"')
@@ -44,26 +44,51 @@ def flatten(path: Path, include: Sequence[Path] = (), seen: set[Path] | None = N
     return "\n".join(lines) + "\n"
 
 
-def header(libraries: dict[str, str]) -> str:
-    """The generated header for libraries given as name: source."""
+def as_string(source: str) -> str:
+    if f"){DELIMITER}" in source:
+        raise ValueError("the source holds the delimiter of its own string")
+    return f'R"{DELIMITER}({source}){DELIMITER}"'
+
+
+def header(libraries: dict[str, str], compile_metal: Callable[[str], bytes] | None = None) -> str:
+    """The generated header for libraries given as name: source.
+
+    With `compile_metal` it holds what that makes of each source, a metallib, instead.
+    """
+    blobs: list[str] = []
+    entries: list[str] = []
+    for name, source in sorted(libraries.items()):
+        if compile_metal is None:
+            entries.append(f'    {{"{name}", {as_string(source)}, nullptr, 0}},')
+        else:
+            data = ", ".join(map(str, compile_metal(source)))
+            blobs.append(f"inline constexpr unsigned char k_{name}[] = {{{data}}};")
+            entries.append(f'    {{"{name}", nullptr, k_{name}, sizeof(k_{name})}},')
     lines = [
         "// Generated from the .metal files. Do not edit.",
         "#pragma once",
         "",
         "namespace kvq::runtime {",
+        *blobs,
         "inline constexpr EmbeddedLibrary kEmbeddedLibraries[] = {",
+        *entries,
+        "    {nullptr, nullptr, nullptr, 0},",
+        "};",
+        "}  // namespace kvq::runtime",
+        "",
     ]
-    for name, source in sorted(libraries.items()):
-        if f"){DELIMITER}" in source:
-            raise ValueError(f"{name}: the source holds the delimiter of its own string")
-        lines.append(f'    {{"{name}", R"{DELIMITER}({source}){DELIMITER}", nullptr, 0}},')
-    lines += ["    {nullptr, nullptr, nullptr, 0},", "};", "}  // namespace kvq::runtime", ""]
     return "\n".join(lines)
 
 
-def embed(folder: Path, output: Path, include: Sequence[Path] = ()) -> None:
+def embed(
+    folder: Path,
+    output: Path,
+    include: Sequence[Path] = (),
+    compile_metal: Callable[[str], bytes] | None = None,
+) -> None:
     """Writes the header for every .metal file of a folder, unless it is there already."""
-    text = header({path.stem: flatten(path, include) for path in folder.glob("*.metal")})
+    libraries = {path.stem: flatten(path, include) for path in folder.glob("*.metal")}
+    text = header(libraries, compile_metal)
     if not output.exists() or output.read_text() != text:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(text)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-from . import HERE
+from . import python_environment
 from .misuse.driver import Outcome
 
 ABORTS = {
@@ -69,24 +68,24 @@ RAISES = {
 
 
 REPORTED = [
-    # source, minor language version, function, constant, type: message
-    (("", 1, "", "", ""), ""),
-    (("kernel void f( {", 1, "", "", ""), "error"),
+    # library or source, minor language version, function, constant, type: message
+    (("misuse", 1, "", "", ""), ""),
+    (("misuse", 1, "scale", "", ""), ""),
+    (("kernel void f( {", 1, "", "", ""), "program_source:1"),
+    (("kernel void f(device float* y [[buffer(0)]]) { y[0] = z; }", 1, "", "", ""), "'z'"),
     (("kernel void f(device bfloat* y [[buffer(0)]]) {}", 0, "", "", ""), "'bfloat'"),
-    (("", 1, "no_such_function", "", ""), "no function named no_such_function"),
-    (("", 1, "specialized", "", ""), "factor"),
-    (("", 1, "specialized", "facktor", "float"), "no function constant facktor"),
-    (("", 1, "specialized", "factor", "bool"), "factor is a float, got a bool"),
-    (("", 1, "specialized", "factor", "float"), "unused_switch"),
-    (("", 1, "scale", "", ""), ""),
+    (("misuse", 1, "no_such_function", "", ""), "no function named no_such_function"),
+    (("specialized", 1, "specialized", "", ""), "factor"),
+    (("specialized", 1, "specialized", "facktor", "float"), "no function constant facktor"),
+    (("specialized", 1, "specialized", "factor", "bool"), "factor is a float, got a bool"),
+    (("specialized", 1, "specialized", "factor", "float"), "negate"),
 ]
 
 
 @pytest.fixture(scope="module")
 def outcomes(soft: None) -> dict[str, Outcome]:
-    command = [sys.executable, "-m", "softmetal.misuse.driver"]
-    environment = os.environ | {"PYTHONPATH": str(HERE.parent)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    command = [sys.executable, "-m", f"{__package__}.misuse.driver"]
+    done = subprocess.run(command, capture_output=True, text=True, env=python_environment())
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import threading
@@ -11,7 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from . import HERE, asan_environment, build, configure, reset_stats, stats
+from . import asan_environment, build, configure, python_environment, reset_stats, stats
 from .requirement import missing
 
 POISON = torch.full((4,), 0xCD, dtype=torch.uint8).view(torch.float32).item()
@@ -86,12 +85,12 @@ def test_a_call_neither_commits_nor_waits_nor_leaks(demo: ModuleType) -> None:
 
 
 def test_lazy_mode_runs_nothing_until_somebody_waits(demo: ModuleType, misuse: ModuleType) -> None:
-    x = torch.ones(4, device="mps")
+    x = torch.ones(8, device="mps")
     configure(lazy=True)
     try:
         assert misuse.peek(x) == POISON  # read without waiting
         y = demo.scale(x, 2.0)
-        assert torch.equal(y.cpu(), torch.full((4,), 2.0))
+        assert torch.equal(y.cpu(), torch.full((8,), 2.0))
     finally:
         configure(lazy=False)
 
@@ -121,7 +120,10 @@ def test_threads_share_the_runtime(demo: ModuleType) -> None:
 
 def test_kernel_names(demo: ModuleType) -> None:
     scales = [f"demo_scale_{name}" for name in ("bfloat", "float", "half")]
-    assert demo.kernels("demo") == ["demo_merge_sum", "demo_partial_sum", *scales]
+    assert demo.kernels("demo") == scales
+    assert demo.kernels("sum") == ["demo_merge_sum", "demo_partial_sum"]
+    with pytest.raises(RuntimeError, match="no embedded Metal library is named nothing"):
+        demo.kernels("nothing")
 
 
 def test_compile_error_names_kernel_compiler_and_system(demo: ModuleType) -> None:
@@ -137,16 +139,22 @@ def test_compile_error_names_kernel_compiler_and_system(demo: ModuleType) -> Non
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("no_such_kernel", [1, 1, 1], [1, 1, 1], [], 0), "no function named no_such_kernel"),
-        (("demo_scale_float", [1, 1, 1], [1, 1, 1], [], 0), "negate"),
-        (("demo_merge_sum", [1, 1, 1], [2048, 1, 1], [], 0), "must be in 1..1024 on this GPU"),
-        (("demo_merge_sum", [1, 1, 1], [0, 1, 1], [], 0), "must be in 1..1024 on this GPU"),
-        (("demo_merge_sum", [1, 1, 1], [], [], 0), "threads_per_threadgroup"),
-        (("demo_merge_sum", [], [1, 1, 1], [], 0), "give either threads or threadgroups"),
-        (("demo_merge_sum", [2**32, 1, 1], [1, 1, 1], [], 0), "in 0..2^32-1 per dimension"),
-        (("demo_merge_sum", [1, 1, 1], [1, 1, 1], [24], 0), "multiples of 16 bytes, got 24"),
-        (("demo_merge_sum", [1, 1, 1], [1, 1, 1], [65536], 0), "this GPU has 32768"),
-        (("demo_merge_sum", [1, 1, 1], [1, 1, 1], [], 400), "starts at byte 400"),
+        (
+            ("sum", "no_such_kernel", [1, 1, 1], [1, 1, 1], [], 0),
+            "no function named no_such_kernel",
+        ),
+        (("demo", "demo_scale_float", [1, 1, 1], [1, 1, 1], [], 0), "negate"),
+        (
+            ("sum", "demo_merge_sum", [1, 1, 1], [2048, 1, 1], [], 0),
+            "must be in 1..1024 on this GPU",
+        ),
+        (("sum", "demo_merge_sum", [1, 1, 1], [0, 1, 1], [], 0), "must be in 1..1024 on this GPU"),
+        (("sum", "demo_merge_sum", [1, 1, 1], [], [], 0), "threads_per_threadgroup is missing"),
+        (("sum", "demo_merge_sum", [], [1, 1, 1], [], 0), "give either threads or threadgroups"),
+        (("sum", "demo_merge_sum", [2**32, 1, 1], [1, 1, 1], [], 0), "in 0..2^32-1 per dimension"),
+        (("sum", "demo_merge_sum", [1, 1, 1], [1, 1, 1], [24], 0), "multiples of 16 bytes, got 24"),
+        (("sum", "demo_merge_sum", [1, 1, 1], [1, 1, 1], [65536], 0), "this GPU has 32768"),
+        (("sum", "demo_merge_sum", [1, 1, 1], [1, 1, 1], [], 400), "starts at byte 400"),
     ],
 )
 def test_refused_launches(demo: ModuleType, arguments: tuple, message: str) -> None:
@@ -170,14 +178,27 @@ def test_limits_are_asked_of_the_pipeline(demo: ModuleType) -> None:
         configure(max_threads=1024)
 
 
-MODE_SCRIPT = """
-import softmetal, softmetal.demo, torch
-softmetal.install(product=False)
-demo = softmetal.demo.load()
+SCRIPT = """
+import sys, torch
+from {package} import demo, install
+install(product=False)
+ops = demo.load(metallib={metallib})
 x = torch.arange(300.0)
-assert torch.equal(demo.scale(x.to("mps"), 2.0).cpu(), x * 2)
-assert demo.sum(x.to("mps")).item() == x.sum().item()
+assert torch.equal(ops.scale(x.to("mps"), 2.0).cpu(), x * 2)
+assert ops.sum(x.to("mps")).item() == x.sum().item()
 """
+
+
+def run_elsewhere(metallib: bool = False, **environment: str) -> None:
+    """The demo in a process of its own."""
+    script = SCRIPT.format(package=__package__, metallib=metallib)
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=python_environment(**environment),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("mode", ["race", "fastmath", "asan"])
@@ -188,10 +209,12 @@ def test_modes(demo: ModuleType, mode: str) -> None:
             environment = asan_environment()
         except build.Unavailable as reason:
             missing(str(reason))
-    done = subprocess.run(
-        [sys.executable, "-c", MODE_SCRIPT],
-        env=os.environ | environment | {"PYTHONPATH": str(HERE.parent)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    run_elsewhere(**environment)
+
+
+def test_threads_in_another_order_and_lazily(demo: ModuleType) -> None:
+    run_elsewhere(KVQ_SOFTMETAL_SEED="7", KVQ_SOFTMETAL_LAZY="1")
+
+
+def test_embedded_metallib(demo: ModuleType) -> None:
+    run_elsewhere(metallib=True)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import copy
 import io
+import subprocess
+import sys
 from types import ModuleType
 
 import pytest
 import torch
 from torch.nn import functional
+
+from . import python_environment
 
 pytestmark = pytest.mark.usefixtures("soft")
 
@@ -46,6 +50,29 @@ def test_round_trip(dtype: torch.dtype) -> None:
     assert same(device, host)
     assert same(torch.zeros(3, dtype=dtype, device="mps"), torch.zeros(3, dtype=dtype))
     assert same(device.to(torch.float32), host.to(torch.float32))
+
+
+def test_install_after_torch_was_asked_for_mps() -> None:
+    script = (
+        "import torch\nassert not torch.backends.mps.is_available()\n"
+        f"from {__package__} import install\ninstall(product=False)\n"
+        "assert torch.backends.mps.is_available()\n"
+        "assert torch.ones(2, device='mps').sum().item() == 2\n"
+    )
+    subprocess.run([sys.executable, "-c", script], env=python_environment(), check=True)
+
+
+def test_a_fault_nobody_waits_for_fails_the_process(demo: ModuleType) -> None:
+    script = (
+        f"import torch\nfrom {__package__} import demo, install\ninstall(product=False)\n"
+        "ops = demo.load()\nx = torch.ones(4, device='mps')\n"
+        "ops.launch(x, 'sum', 'demo_partial_sum', [16384, 1, 1], [256, 1, 1], [1024], 0)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=python_environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "[softmetal] kernel demo_partial_sum: " in done.stderr
 
 
 def test_factories() -> None:

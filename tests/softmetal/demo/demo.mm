@@ -50,7 +50,7 @@ at::Tensor sum(const at::Tensor& x) {
   at::Tensor partial = at::empty({groups}, x.options());
   at::Tensor total = at::empty({}, x.options());
   const runtime::Launch partial_pass{
-      .library = "demo",
+      .library = "sum",
       .kernel = "demo_partial_sum",
       .buffers = {x, partial},
       .params = SumParams{static_cast<uint>(x.numel())},
@@ -59,7 +59,7 @@ at::Tensor sum(const at::Tensor& x) {
       .threadgroup_memory = {kThreads * 4},
   };
   const runtime::Launch merge_pass{
-      .library = "demo",
+      .library = "sum",
       .kernel = "demo_merge_sum",
       .buffers = {partial, total},
       .params = SumParams{static_cast<uint>(groups)},
@@ -75,14 +75,14 @@ std::vector<std::string> kernels(const std::string& library) {
 }
 
 /// A launch as the test asks for it, to try what the runtime refuses.
-void launch(const at::Tensor& x, std::string kernel, at::IntArrayRef threads,
-            at::IntArrayRef threads_per_threadgroup, at::IntArrayRef threadgroup_memory,
-            int64_t byte_offset) {
+void launch(const at::Tensor& x, const std::string& library, std::string kernel,
+            at::IntArrayRef threads, at::IntArrayRef threads_per_threadgroup,
+            at::IntArrayRef threadgroup_memory, int64_t byte_offset) {
   const auto size = [](at::IntArrayRef extents) {
     return extents.empty() ? runtime::Size{} : runtime::Size{extents[0], extents[1], extents[2]};
   };
   runtime::dispatch({
-      .library = "demo",
+      .library = library.c_str(),
       .kernel = std::move(kernel),
       .buffers = {{x, byte_offset}, x},
       .params = SumParams{1},
@@ -95,18 +95,15 @@ void launch(const at::Tensor& x, std::string kernel, at::IntArrayRef threads,
 /// A kernel of a library whose source does not compile.
 void broken() { runtime::pipeline("broken", "demo_broken"); }
 
-int64_t max_threads() { return runtime::pipeline("demo", "demo_merge_sum").max_threads; }
-
 TORCH_LIBRARY(kvq_demo, m) {
   m.def("scale(Tensor x, float factor, Tensor? bias=None, bool negate=False, "
         "int extra_rounds=0) -> Tensor");
   m.def("sum(Tensor x) -> Tensor");
   m.def("only_schema(Tensor x) -> Tensor");
-  m.def("launch(Tensor x, str kernel, int[] threads, int[] threads_per_threadgroup, "
+  m.def("launch(Tensor x, str library, str kernel, int[] threads, int[] threads_per_threadgroup, "
         "int[] threadgroup_memory, int byte_offset) -> ()");
   m.def("kernels(str library) -> str[]", kernels);
   m.def("broken() -> ()", broken);
-  m.def("max_threads() -> int", max_threads);
 }
 
 TORCH_LIBRARY_IMPL(kvq_demo, MPS, m) {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from softmetal import HERE, ROOT, load_host_code
+from .. import HERE, ROOT, load_host_code
 
 
 def load() -> ModuleType:

@@ -1,8 +1,7 @@
 """Runs every planted fault in a forked child and prints, as JSON, how each ended.
 
-    python -m softmetal.misuse.driver
-
-Torch and the device are loaded once; a child starts with no thread of the device running yet.
+Run with ``python -m``. Torch and the device are loaded once; a child starts with no thread of the
+device running yet.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ import tempfile
 from collections.abc import Callable
 from typing import TypedDict
 
-from softmetal import install
-from softmetal.misuse import load
+from .. import install
+from . import load
 
 TIMEOUT_SECONDS = 60
 

@@ -2,9 +2,6 @@
 #include <metal_stdlib>
 using namespace metal;
 
-constant float factor [[function_constant(0)]];
-constant bool unused_switch [[function_constant(1)]];
-
 struct Params {
   float scale;
   uint count;
@@ -22,10 +19,6 @@ kernel void scratch(device float* y [[buffer(0)]],
                     uint index [[thread_index_in_threadgroup]]) {
   memory[index] = float(index);
   y[index] = memory[index];
-}
-
-kernel void specialized(device float* y [[buffer(0)]], uint index [[thread_position_in_grid]]) {
-  y[index] = unused_switch ? -factor : factor;
 }
 
 kernel void far_write(device float* y [[buffer(0)]], uint index [[thread_position_in_grid]]) {

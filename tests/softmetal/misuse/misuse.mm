@@ -29,7 +29,12 @@ struct Params {
 constexpr Params kParams{2.0f, 8};
 constexpr int64_t kCount = 8;
 
-const char* source() { return kvq::runtime::kEmbeddedLibraries[0].source; }
+const char* source(const std::string& name = "misuse") {
+  for (const auto& library : kvq::runtime::kEmbeddedLibraries) {
+    if (library.name && name == library.name) return library.source;
+  }
+  return name.c_str();  // the source itself
+}
 
 id<MTLDevice> device() {
   static id<MTLDevice> device = MTLCreateSystemDefaultDevice();
@@ -346,14 +351,16 @@ at::Tensor run(const at::Tensor& x, const std::string& fault) {
 /// An autorelease outside of any pool.
 void without_pool() { [[MTLCompileOptions new] autorelease]; }
 
-/// What the device reports as NSError for a source and a specialisation; empty for none.
-std::string error_of(const std::string& code, int64_t language_minor, const std::string& function,
-                     const std::string& constant, const std::string& type) {
+/// What the device reports as NSError for a library, by name or source, and a specialisation of one
+/// of its functions; empty for none.
+std::string error_of(const std::string& library, int64_t language_minor,
+                     const std::string& function, const std::string& constant,
+                     const std::string& type) {
   std::string message;
   @autoreleasepool {
     MTLCompileOptions* options = [[MTLCompileOptions new] autorelease];
     options.languageVersion = (3 << 16) + language_minor;
-    id<MTLLibrary> compiled = compile(code.empty() ? source() : code.c_str(), options, message);
+    id<MTLLibrary> compiled = compile(source(library), options, message);
     NSError* error = nil;
     if (compiled && !function.empty()) {
       MTLFunctionConstantValues* values = [[MTLFunctionConstantValues new] autorelease];
@@ -388,7 +395,7 @@ TORCH_LIBRARY(kvq_misuse, m) {
   m.def("peek(Tensor x) -> float");
   m.def("names() -> str[]", names);
   m.def("without_pool() -> ()", without_pool);
-  m.def("error_of(str source, int language_minor, str function, str constant, str type) -> str",
+  m.def("error_of(str library, int language_minor, str function, str constant, str type) -> str",
         error_of);
 }
 

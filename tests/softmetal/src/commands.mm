@@ -380,6 +380,9 @@ void check_dispatch(const Dispatch& dispatch) {
     std::lock_guard<std::mutex> lock(fault_box().mutex);
     if (fault_box().message.empty()) fault_box().message = fault;
   }
+  state->dispatches.clear();
+  for (id object : state->retained) [object release];
+  state->retained.clear();
   std::lock_guard<std::mutex> lock(state->mutex);
   state->status = fault.empty() ? MTLCommandBufferStatusCompleted : MTLCommandBufferStatusError;
   state->fault = fault;

@@ -88,6 +88,10 @@ bool mentions_bfloat(const std::string& source) {
   return std::regex_search(std::regex_replace(source, comment, " "), bfloat);
 }
 
+void replace_all(std::string& text, const std::string& from, const std::string& to) {
+  for (size_t at; (at = text.find(from)) != std::string::npos;) text.replace(at, from.size(), to);
+}
+
 /// Compiles unless the cache has it. Returns the library's path, or an empty string and an error.
 std::string build(const CompileRequest& request, std::string& error) {
   const Config& settings = config();
@@ -111,10 +115,9 @@ std::string build(const CompileRequest& request, std::string& error) {
                          log);
   if (status != 0 || !exists(unfinished)) {
     error = read_file(log);
-    // Metal calls a source string so, and the path says nothing to a reader.
-    for (size_t at; (at = error.find(source)) != std::string::npos;) {
-      error.replace(at, source.size(), "program_source");
-    }
+    // Metal calls a source string so, and the name of its file says nothing to a reader.
+    replace_all(error, source, "program_source");
+    replace_all(error, source.substr(source.rfind('/') + 1), "program_source");
     if (error.empty()) error = "the tool chain failed with status " + std::to_string(status);
     return "";
   }

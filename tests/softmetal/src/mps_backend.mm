@@ -126,8 +126,7 @@ void Stream::synchronize() {
   __block id<MTLCommandBuffer> last = nil;
   dispatch_sync(queue_, ^{
     commit_current();
-    last = last_;
-    last_ = nil;
+    last = [last_ retain];  // stays last_: another thread may have to wait for it, too
   });
   [last waitUntilCompleted];
   [last release];

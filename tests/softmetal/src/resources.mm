@@ -26,6 +26,8 @@ namespace {
 constexpr NSUInteger kMaxBufferLength = NSUInteger(64) << 30;
 constexpr char kCanary = '\xA5';
 constexpr char kPoison = '\xCD';
+/// Address space on either side of a buffer that no access may touch: far strides end there, too.
+constexpr size_t kGuardBytes = size_t(64) << 20;
 /// Larger buffers stay zero and take no memory until they are touched.
 constexpr NSUInteger kMaxPoisonedBytes = NSUInteger(16) << 20;
 
@@ -146,18 +148,18 @@ std::vector<emu_constant_value> Specialization::constant_values() const {
 
 @implementation SoftBuffer
 + (SoftBuffer*)newWithLength:(NSUInteger)length {
-  const size_t page = page_size();
-  const size_t body = round_up(length, page);
+  const size_t body = round_up(length, page_size());
   SoftBuffer* buffer = [SoftBuffer new];
   buffer->length = length;
-  buffer->mapping_bytes = body + 2 * page;
+  buffer->mapping_bytes = body + 2 * kGuardBytes;
   void* mapping = mmap(nullptr, buffer->mapping_bytes, PROT_NONE,
                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (mapping == MAP_FAILED) fatal("no address space for a buffer of %lu bytes", length);
   buffer->mapping = static_cast<char*>(mapping);
-  mprotect(buffer->mapping + page, body, PROT_READ | PROT_WRITE);
-  buffer->bytes = buffer->mapping + page + body - round_up(length, 16);
-  std::memset(buffer->mapping + page, kCanary, buffer->bytes - (buffer->mapping + page));
+  char* begin = buffer->mapping + kGuardBytes;
+  mprotect(begin, body, PROT_READ | PROT_WRITE);
+  buffer->bytes = begin + body - round_up(length, 16);
+  std::memset(begin, kCanary, buffer->bytes - begin);
   std::memset(buffer->bytes + length, kCanary, round_up(length, 16) - length);
   if (length <= kMaxPoisonedBytes) std::memset(buffer->bytes, kPoison, length);
 
@@ -179,7 +181,7 @@ std::vector<emu_constant_value> Specialization::constant_values() const {
 }
 - (BOOL)isIntact {
   const auto is_canary = [](char byte) { return byte == kCanary; };
-  return std::all_of(mapping + page_size(), bytes, is_canary) &&
+  return std::all_of(mapping + kGuardBytes, bytes, is_canary) &&
          std::all_of(bytes + length, bytes + round_up(length, 16), is_canary);
 }
 - (NSUInteger)length {
