@@ -1,7 +1,10 @@
 #include "check.h"
 
-#include <ATen/MemoryOverlap.h>
 #include <ATen/ops/tensor.h>
+
+#include <algorithm>
+#include <array>
+#include <limits>
 
 #include "shared/codebooks.h"
 
@@ -25,8 +28,8 @@ void check_packed(const char* op, const char* prefix, const Packed& packed, cons
   if (format.is_none()) {
     float_dtype(op, "codes of format none", codes.scalar_type());
   } else {
-    TORCH_CHECK_TYPE(codes.scalar_type() == at::kByte, "[kvq.", op, "] ", prefix,
-                     "codes of ", format.str(), " must be uint8, got ", codes.scalar_type());
+    TORCH_CHECK_TYPE(codes.scalar_type() == at::kByte, "[kvq.", op, "] ", prefix, "codes of ",
+                     format.str(), " must be uint8, got ", codes.scalar_type());
   }
   float_dtype(op, "scales", scales.scalar_type());
   TORCH_CHECK_TYPE(scales.scalar_type() == biases.scalar_type(), "[kvq.", op, "] ", prefix,
@@ -70,9 +73,9 @@ void check_rotation_and_mean(const char* op, const char* prefix, Side& side, int
     side.signs = signs->contiguous();
   }
   if (mean) {
-    TORCH_CHECK_VALUE(
-        mean->dim() == 2 && mean->size(0) == heads && mean->size(1) == side.head_dim, "[kvq.", op,
-        "] ", prefix, "mean must be [", heads, ", ", side.head_dim, "], got ", mean->sizes());
+    TORCH_CHECK_VALUE(mean->dim() == 2 && mean->size(0) == heads && mean->size(1) == side.head_dim,
+                      "[kvq.", op, "] ", prefix, "mean must be [", heads, ", ", side.head_dim,
+                      "], got ", mean->sizes());
     TORCH_CHECK_TYPE(mean->scalar_type() == at::kFloat, "[kvq.", op, "] ", prefix,
                      "mean must be float32, got ", mean->scalar_type());
     TORCH_CHECK_VALUE(mean->device() == device, "[kvq.", op, "] ", prefix, "mean must be on ",
@@ -109,24 +112,104 @@ void check_capacity(const char* op, const std::vector<int64_t>& positions, int64
   for (const int64_t position : positions) {
     TORCH_CHECK_INDEX(position >= 0, "[kvq.", op, "] position must not be negative, got ",
                       position);
-    TORCH_CHECK_INDEX(ring || position + tokens <= capacity, "[kvq.", op, "] position ", position,
-                      " + ", tokens, " tokens exceed the capacity ", capacity);
+    // Compared without a sum that could overflow.
+    const int64_t end = ring ? std::numeric_limits<int64_t>::max() : capacity;
+    TORCH_CHECK_INDEX(position <= end - tokens, "[kvq.", op, "] position ", position, " + ", tokens,
+                      " tokens exceed the capacity ", end);
   }
   TORCH_CHECK_INDEX(tokens == 0 || capacity > 0, "[kvq.", op, "] the cache has capacity 0");
 }
 
+namespace {
+
+/// A tensor's memory as runs of `width` bytes at byte strides. A contiguous last dimension is one
+/// run; dimensions of one element, or expanded ones, have stride 0.
+struct Runs {
+  explicit Runs(const at::Tensor& t) : begin(static_cast<const char*>(t.const_data_ptr())) {
+    const int64_t size = t.element_size();
+    width = t.stride(3) == 1 ? t.size(3) * size : size;
+    for (int k = 0; k < 4; ++k) {
+      const bool folded = t.size(k) == 1 || (k == 3 && t.stride(k) == 1);
+      strides[k] = folded ? 0 : t.stride(k) * size;
+      counts[k] = strides[k] == 0 ? 1 : t.size(k);
+      last += strides[k] * (counts[k] - 1);
+    }
+  }
+  const char* begin;
+  int64_t width = 0, last = 0;  ///< bytes of a run; offset of the last run
+  std::array<int64_t, 4> strides{}, counts{};
+};
+
+/// One dimension that two tensors share.
+struct SharedDim {
+  int64_t stride, count_a, count_b;
+};
+
+/// Whether b - a, `offset` bytes now, can become an overlap by steps along dims[k...].
+bool meets(const std::vector<SharedDim>& dims, size_t k, int64_t offset, const Runs& a,
+           const Runs& b) {
+  if (k == dims.size()) return -b.width < offset && offset < a.width;
+  const auto [stride, count_a, count_b] = dims[k];
+  // What the inner dimensions add is smaller than a stride, so only two steps can lead to 0.
+  const int64_t down = -offset / stride - (-offset % stride < 0 ? 1 : 0);
+  for (const int64_t step : {down, down + 1}) {
+    if (-count_a < step && step < count_b && meets(dims, k + 1, offset + step * stride, a, b)) {
+      return true;
+    }
+  }
+  return false;
+}
+
+/// Whether two non-empty tensors of rank 4 share a byte: exact for tensors and views of one buffer
+/// whose strides agree; where strides cannot be compared, intersecting ranges count as overlap.
+bool overlaps(const at::Tensor& first, const at::Tensor& second) {
+  if (first.numel() == 0 || second.numel() == 0) return false;
+  // Elsewhere than on the CPU a data pointer is a handle, comparable within one storage only.
+  if (!first.is_cpu() && !first.storage().is_alias_of(second.storage())) return false;
+  const Runs a(first), b(second);
+  if (a.begin + a.last + a.width <= b.begin || b.begin + b.last + b.width <= a.begin) return false;
+  std::vector<SharedDim> dims;
+  for (int k = 0; k < 4; ++k) {
+    if (a.strides[k] && b.strides[k] && a.strides[k] != b.strides[k]) return true;
+    const int64_t stride = std::max(a.strides[k], b.strides[k]);
+    if (stride) dims.push_back({stride, a.counts[k], b.counts[k]});
+  }
+  std::sort(dims.begin(), dims.end(),
+            [](const SharedDim& x, const SharedDim& y) { return x.stride > y.stride; });
+  int64_t inner = std::max(a.width, b.width);
+  for (auto dim = dims.rbegin(); dim != dims.rend(); ++dim) {
+    if (dim->stride < inner) return true;
+    inner += dim->stride * (std::max(dim->count_a, dim->count_b) - 1);
+  }
+  return meets(dims, 0, b.begin - a.begin, a, b);
+}
+
+/// Whether two indices of one tensor of rank 4 can address the same byte.
+bool overlaps_itself(const at::Tensor& t) {
+  if (t.numel() == 0) return false;
+  const Runs runs(t);
+  std::array<int, 4> order{0, 1, 2, 3};
+  std::sort(order.begin(), order.end(),
+            [&](int x, int y) { return runs.strides[x] < runs.strides[y]; });
+  int64_t inner = runs.width;
+  for (const int k : order) {
+    if (t.size(k) > 1 && t.stride(k) == 0) return true;
+    if (runs.strides[k] == 0) continue;
+    if (runs.strides[k] < inner) return true;
+    inner += runs.strides[k] * (runs.counts[k] - 1);
+  }
+  return false;
+}
+
+}  // namespace
+
 void check_no_overlap(const char* op,
                       const std::vector<std::pair<const char*, at::Tensor>>& written,
                       const std::vector<std::pair<const char*, at::Tensor>>& read) {
-  const auto overlaps = [](const at::Tensor& a, const at::Tensor& b) {
-    if (a.numel() == 0 || b.numel() == 0) return false;
-    const auto status = at::get_overlap_status(a, b);
-    return status == at::MemOverlapStatus::Full || status == at::MemOverlapStatus::Partial;
-  };
   for (size_t i = 0; i < written.size(); ++i) {
     const auto& [name, tensor] = written[i];
-    TORCH_CHECK_VALUE(at::has_internal_overlap(tensor) != at::MemOverlap::Yes, "[kvq.", op, "] ",
-                      name, " is written and must not overlap itself (expanded?)");
+    TORCH_CHECK_VALUE(!overlaps_itself(tensor), "[kvq.", op, "] ", name,
+                      " is written and must not overlap itself (expanded?)");
     for (size_t j = i + 1; j < written.size(); ++j) {
       TORCH_CHECK_VALUE(!overlaps(tensor, written[j].second), "[kvq.", op, "] ", name, " and ",
                         written[j].first, " are written and must not share memory");
@@ -144,7 +227,7 @@ int64_t check_range(const char* op, int64_t start, std::optional<int64_t> length
                     capacity, "], got ", start);
   const int64_t tokens = length.value_or(capacity - start);
   TORCH_CHECK_INDEX(tokens >= 0, "[kvq.", op, "] length must not be negative, got ", tokens);
-  TORCH_CHECK_INDEX(start + tokens <= capacity, "[kvq.", op, "] start ", start, " + length ",
+  TORCH_CHECK_INDEX(tokens <= capacity - start, "[kvq.", op, "] start ", start, " + length ",
                     tokens, " exceeds the capacity ", capacity);
   return tokens;
 }
@@ -196,15 +279,15 @@ MlxNative check_mlx_native(const at::Tensor& codes, const at::Tensor& norms, int
   TORCH_CHECK_VALUE(scale_factor_d512 > 0,
                     "[kvq.mlx_native_dequantize] scale_factor_d512 must be positive, got ",
                     scale_factor_d512);
-  checked.codebook = (codebook ? *codebook : default_codebook(bits).to(codes.device())).contiguous();
+  checked.codebook =
+      (codebook ? *codebook : default_codebook(bits).to(codes.device())).contiguous();
   TORCH_CHECK_VALUE(checked.codebook.dim() == 1 && checked.codebook.size(0) == (1 << bits) &&
                         checked.codebook.scalar_type() == at::kFloat &&
                         checked.codebook.device() == codes.device(),
                     "[kvq.mlx_native_dequantize] codebook must be float32 [", 1 << bits, "] on ",
                     codes.device(), ", got ", checked.codebook.scalar_type(), " ",
                     checked.codebook.sizes(), " on ", checked.codebook.device());
-  check_rotation_and_mean(op, "", checked.side, codes.size(1), signs, std::nullopt,
-                          codes.device());
+  check_rotation_and_mean(op, "", checked.side, codes.size(1), signs, std::nullopt, codes.device());
   checked.tokens = check_range(op, start, length, codes.size(2));
   return checked;
 }

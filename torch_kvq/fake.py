@@ -2,11 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
+from typing import TypeVar
+
 import torch
 
 from torch_kvq.formats import KVFormat, default_scale_dtype
 
-register_fake = torch.library.register_fake
+_F = TypeVar("_F", bound=Callable[..., object])
+
+
+def register_fake(name: str) -> Callable[[_F], _F]:
+    """torch.library.register_fake; also refuses tensors of different devices, as kernels do.
+
+    A meta tensor among real ones dispatches here, and would else be accepted in silence.
+    """
+
+    def register(function: _F) -> _F:
+        op = name.removeprefix("kvq::").partition(".")[0]
+
+        @wraps(function)
+        def checked(*args: object, **kwargs: object) -> object:
+            given = (*args, *kwargs.values())
+            devices = {str(t.device): None for t in given if isinstance(t, torch.Tensor)}
+            if len(devices) > 1:
+                raise ValueError(
+                    f"[kvq.{op}] all tensors must be on one device, got {' and '.join(devices)}"
+                )
+            return function(*args, **kwargs)
+
+        torch.library.register_fake(name, checked)
+        return function
+
+    return register
 
 
 def _packed(
@@ -112,6 +141,6 @@ def _writes(*args: object, **kwargs: object) -> None:
 
 
 for _overload in ("", ".int"):
-    register_fake(f"kvq::attention{_overload}", _attention)
+    register_fake(f"kvq::attention{_overload}")(_attention)
     for _op in ("kv_cache_update_", "quantize_into_", "append_"):
-        register_fake(f"kvq::{_op}{_overload}", _writes)
+        register_fake(f"kvq::{_op}{_overload}")(_writes)

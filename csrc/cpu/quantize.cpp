@@ -55,9 +55,8 @@ Write prepare_write(const char* op, const char* prefix, const kvq::Packed& packe
 }
 
 void run(const Write& write) {
-  parallel_for(write.vectors, kGrain, [&](int64_t begin, int64_t end) {
-    kernels().encode(write.args, begin, end);
-  });
+  parallel_for(write.vectors, kGrain,
+               [&](int64_t begin, int64_t end) { kernels().encode(write.args, begin, end); });
 }
 
 Side check_side(const char* op, const char* prefix, const at::Tensor& x, std::string_view format,
@@ -79,9 +78,8 @@ at::ScalarType checked_scale_dtype(const char* op, std::optional<at::ScalarType>
 }
 
 kvq::Packed quantize_as(const char* op, const at::Tensor& x, std::string_view format,
-                        int64_t group_size, const OptionalTensor& signs,
-                        const OptionalTensor& mean, std::string_view encoder,
-                        std::optional<at::ScalarType> scale_dtype) {
+                        int64_t group_size, const OptionalTensor& signs, const OptionalTensor& mean,
+                        std::string_view encoder, std::optional<at::ScalarType> scale_dtype) {
   check_input(op, "x", x, at::kCPU);
   Side side = check_side(op, "", x, format, group_size, encoder, signs, mean);
   kvq::Packed out = empty_packed(side.format, x, checked_scale_dtype(op, scale_dtype, x));
@@ -90,17 +88,24 @@ kvq::Packed quantize_as(const char* op, const at::Tensor& x, std::string_view fo
   return out;
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> quantize(
-    const at::Tensor& x, c10::string_view format, int64_t group_size, const OptionalTensor& signs,
-    const OptionalTensor& mean, c10::string_view encoder,
-    std::optional<at::ScalarType> scale_dtype) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> quantize(const at::Tensor& x,
+                                                        c10::string_view format, int64_t group_size,
+                                                        const OptionalTensor& signs,
+                                                        const OptionalTensor& mean,
+                                                        c10::string_view encoder,
+                                                        std::optional<at::ScalarType> scale_dtype) {
   auto out = quantize_as("quantize", x, format, group_size, signs, mean, encoder, scale_dtype);
   return {std::move(out.codes), std::move(out.scales), std::move(out.biases)};
 }
 
+constexpr const char* kNames[] = {"codes", "scales", "biases"};
+constexpr const char* kKeyNames[] = {"k_codes", "k_scales", "k_biases"};
+constexpr const char* kValueNames[] = {"v_codes", "v_scales", "v_biases"};
+
 struct SideArguments {
-  const char* prefix;  ///< "k_", "v_" or ""
-  const char* name;    ///< of the tensor to append
+  const char* prefix;             ///< "k_", "v_" or ""
+  const char* const (&names)[3];  ///< of the tensors that are written
+  const char* name;               ///< of the tensor to append
   kvq::Packed packed;
   const at::Tensor& x;
   std::string_view format;
@@ -122,11 +127,10 @@ void write_sides(const char* op, const std::vector<SideArguments>& sides,
     TORCH_CHECK_VALUE(s.packed.codes.device() == s.x.device(), "[kvq.", op, "] ", s.prefix,
                       "codes must be on ", s.x.device(), ", got ", s.packed.codes.device());
     check_capacity(op, positions, s.x.size(2), s.packed.codes.size(2), ring);
-    Side side =
-        check_side(op, s.prefix, s.x, s.format, s.group_size, s.encoder, s.signs, s.mean);
-    written.emplace_back("codes", s.packed.codes);
-    written.emplace_back("scales", s.packed.scales);
-    written.emplace_back("biases", s.packed.biases);
+    Side side = check_side(op, s.prefix, s.x, s.format, s.group_size, s.encoder, s.signs, s.mean);
+    written.emplace_back(s.names[0], s.packed.codes);
+    written.emplace_back(s.names[1], s.packed.scales);
+    written.emplace_back(s.names[2], s.packed.biases);
     read.emplace_back(s.name, s.x);
     writes.push_back(prepare_write(op, s.name, s.packed, s.x, std::move(side), positions, ring));
   }
@@ -138,9 +142,10 @@ void quantize_into_int(const at::Tensor& codes, const at::Tensor& scales, const 
                        const at::Tensor& x, const std::vector<int64_t>& positions,
                        c10::string_view format, int64_t group_size, const OptionalTensor& signs,
                        const OptionalTensor& mean, c10::string_view encoder, bool ring) {
-  write_sides("quantize_into_",
-              {{"", "x", {codes, scales, biases}, x, format, group_size, signs, mean, encoder}},
-              positions, ring);
+  write_sides(
+      "quantize_into_",
+      {{"", kNames, "x", {codes, scales, biases}, x, format, group_size, signs, mean, encoder}},
+      positions, ring);
 }
 
 void quantize_into(const at::Tensor& codes, const at::Tensor& scales, const at::Tensor& biases,
@@ -172,13 +177,30 @@ void append_values(const at::Tensor& k_codes, const at::Tensor& k_scales,
                    const OptionalTensor& v_mean, c10::string_view k_encoder,
                    c10::string_view v_encoder, bool ring) {
   check_input("append_", "value", v, at::kCPU);
-  TORCH_CHECK_VALUE(k.size(2) == v.size(2), "[kvq.append_] key and value must have as many tokens, ",
-                    "got ", k.size(2), " and ", v.size(2));
+  TORCH_CHECK_VALUE(k.size(2) == v.size(2),
+                    "[kvq.append_] key and value must have as many tokens, ", "got ", k.size(2),
+                    " and ", v.size(2));
   write_sides("append_",
-              {{"k_", "key", {k_codes, k_scales, k_biases}, k, k_format, k_group_size, k_signs,
-                k_mean, k_encoder},
-               {"v_", "value", {v_codes, v_scales, v_biases}, v, v_format, v_group_size, v_signs,
-                v_mean, v_encoder}},
+              {{"k_",
+                kKeyNames,
+                "key",
+                {k_codes, k_scales, k_biases},
+                k,
+                k_format,
+                k_group_size,
+                k_signs,
+                k_mean,
+                k_encoder},
+               {"v_",
+                kValueNames,
+                "value",
+                {v_codes, v_scales, v_biases},
+                v,
+                v_format,
+                v_group_size,
+                v_signs,
+                v_mean,
+                v_encoder}},
               positions, ring);
 }
 
@@ -249,8 +271,7 @@ at::Tensor qdq(const at::Tensor& x, c10::string_view format, int64_t group_size,
                std::optional<at::ScalarType> scale_dtype) {
   const char* op = "qdq";
   const auto packed = quantize_as(op, x, format, group_size, signs, mean, encoder, scale_dtype);
-  const Side side =
-      check_side(op, "", x, format, group_size, encoder, signs, mean);
+  const Side side = check_side(op, "", x, format, group_size, encoder, signs, mean);
   return dequantize_as(op, packed, side, x.scalar_type(), 0, x.size(2));
 }
 

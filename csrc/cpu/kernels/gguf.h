@@ -40,7 +40,8 @@ inline void encode_q8_0(float* y, const Layout& layout, uint8_t* codes) {
       continue;
     }
     float largest = 0;
-    for (int i = 0; i < kBlock; ++i) largest = std::fabs(y[i]) > largest ? std::fabs(y[i]) : largest;
+    for (int i = 0; i < kBlock; ++i)
+      largest = std::fabs(y[i]) > largest ? std::fabs(y[i]) : largest;
     const float d = largest / 127;
     const float inverse = d == 0 ? 0.0f : 1 / d;
     store_half(codes, d);
@@ -66,7 +67,8 @@ inline void encode_q4_0(float* y, const Layout& layout, uint8_t* codes) {
       continue;
     }
     float largest = y[0];  // signed; ties pick the first
-    for (int i = 1; i < kBlock; ++i) largest = std::fabs(y[i]) > std::fabs(largest) ? y[i] : largest;
+    for (int i = 1; i < kBlock; ++i)
+      largest = std::fabs(y[i]) > std::fabs(largest) ? y[i] : largest;
     const float d = largest / -8;
     const float inverse = d == 0 ? 0.0f : 1 / d;
     store_half(codes, d);
@@ -86,7 +88,8 @@ inline void encode_q4_0(float* y, const Layout& layout, uint8_t* codes) {
 inline void decode_q8_0(const uint8_t* codes, const Layout& layout, float* y) {
   for (int64_t b = 0; b < layout.head_dim / kBlock; ++b, y += kBlock, codes += 2 + kBlock) {
     const float d = load_half(codes);
-    for (int i = 0; i < kBlock; ++i) y[i] = static_cast<float>(static_cast<int8_t>(codes[2 + i])) * d;
+    for (int i = 0; i < kBlock; ++i)
+      y[i] = static_cast<float>(static_cast<int8_t>(codes[2 + i])) * d;
   }
 }
 
