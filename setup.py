@@ -24,7 +24,9 @@ MACOS = sys.platform == "darwin"
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-Wall"]
 # One rounding per written operation: codes must not depend on the compiler (reference.py).
-KERNEL_FLAGS = [*CXX_FLAGS, "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+KERNEL_FLAGS = [
+    *CXX_FLAGS, "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi",
+]  # fmt: skip
 INSTRUCTION_SETS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": [

@@ -5,10 +5,9 @@
 #include <cstdint>
 
 #include "convert.h"
+#include "lanes.h"
 
 namespace kvq::cpu::KVQ_ISA {
-
-constexpr int kLanes = 16;
 
 /// y is clamped in place.
 template <int Bits>
@@ -17,27 +16,7 @@ void encode_affine(float* y, const Layout& layout, uint8_t* codes, char* scales,
   const float limit = layout.scale_dtype == KVQ_FLOAT16 ? KVQ_F16_MAX : KVQ_LIMIT;
   const int group = layout.group;
   for (int64_t g = 0; g < layout.head_dim / group; ++g, y += group) {
-    float low_lane[kLanes], high_lane[kLanes];
-    int nan_lane[kLanes] = {};
-    for (int j = 0; j < kLanes; ++j) low_lane[j] = limit, high_lane[j] = -limit;
-    for (int i = 0; i < group; i += kLanes) {
-      for (int j = 0; j < kLanes; ++j) {
-        float v = y[i + j];
-        v = v > limit ? limit : v;
-        v = v < -limit ? -limit : v;
-        nan_lane[j] |= v != v;
-        low_lane[j] = v < low_lane[j] ? v : low_lane[j];
-        high_lane[j] = v > high_lane[j] ? v : high_lane[j];
-        y[i + j] = v;
-      }
-    }
-    float low = low_lane[0], high = high_lane[0];
-    int nan = nan_lane[0];
-    for (int j = 1; j < kLanes; ++j) {
-      low = low_lane[j] < low ? low_lane[j] : low;
-      high = high_lane[j] > high ? high_lane[j] : high;
-      nan |= nan_lane[j];
-    }
+    const auto [low, high, nan] = clamp_group(y, group, limit);
     uint8_t* out = codes + g * group * Bits / 8;
     if (nan) {
       store_scale(scales, g, layout.scale_dtype, NAN);
@@ -49,11 +28,11 @@ void encode_affine(float* y, const Layout& layout, uint8_t* codes, char* scales,
     float scale = store_scale(scales, g, layout.scale_dtype, (high - low) / kLevels);
     if (scale == 0) scale = store_scale(scales, g, layout.scale_dtype, 1.0f);
     uint8_t q[128];
-    for (int i = 0; i < group; ++i) {
-      float v = (y[i] - bias) / scale + 0.5f;
-      v = v < 0 ? 0 : v;
-      v = v > kLevels ? kLevels : v;
-      q[i] = static_cast<uint8_t>(static_cast<int>(v));  // v >= 0: truncation is floor
+    for (int i = 0; i < group; i += kLanes) {
+      Lanes v = (load_lanes(y + i) - bias) / scale + 0.5f;
+      v = smaller(larger(v, Lanes{}), splat_lanes(kLevels));
+      const LaneMask code = __builtin_convertvector(v, LaneMask);  // v >= 0: floor
+      for (int j = 0; j < kLanes; ++j) q[i + j] = static_cast<uint8_t>(code[j]);
     }
     if constexpr (Bits == 8) {
       std::memcpy(out, q, group);

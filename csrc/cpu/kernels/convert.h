@@ -111,20 +111,23 @@ inline float load_scale(const char* p, int64_t i, KvqDtype dtype) {
 }
 
 inline void load_row(const char* p, KvqDtype dtype, int64_t n, float* out) {
-  int64_t i = 0;
   if (dtype == KVQ_FLOAT32) {
     std::memcpy(out, p, 4 * n);
     return;
   }
+  const auto* in = reinterpret_cast<const uint16_t*>(p);
+  if (dtype == KVQ_BFLOAT16) {
+    for (int64_t i = 0; i < n; ++i) out[i] = bfloat_to_float(in[i]);
+    return;
+  }
+  int64_t i = 0;
 #if defined(__F16C__)
-  if (dtype == KVQ_FLOAT16) {
-    for (; i + 8 <= n; i += 8) {
-      const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 2 * i));
-      _mm256_storeu_ps(out + i, _mm256_cvtph_ps(h));
-    }
+  for (; i + 8 <= n; i += 8) {
+    const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i));
+    _mm256_storeu_ps(out + i, _mm256_cvtph_ps(h));
   }
 #endif
-  for (; i < n; ++i) out[i] = load_float(p + 2 * i, dtype);
+  for (; i < n; ++i) out[i] = half_to_float(in[i]);
 }
 
 /// Cast a row; with saturate, what is too large for float16 becomes its largest finite value.

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "convert.h"
+#include "lanes.h"
 
 namespace kvq::cpu::KVQ_ISA {
 
@@ -60,22 +61,13 @@ template <typename Format>
 void encode_fp8(float* y, const Layout& layout, uint8_t* codes, char* scales) {
   const int group = layout.group;
   for (int64_t g = 0; g < layout.head_dim / group; ++g, y += group, codes += group) {
-    float largest = 0;
-    bool nan = false;
-    for (int i = 0; i < group; ++i) {
-      float v = y[i];
-      v = v > KVQ_LIMIT ? KVQ_LIMIT : v;
-      v = v < -KVQ_LIMIT ? -KVQ_LIMIT : v;
-      nan |= v != v;
-      largest = std::fabs(v) > largest ? std::fabs(v) : largest;
-      y[i] = v;
-    }
-    if (nan) {
+    const GroupRange range = clamp_group(y, group, KVQ_LIMIT);
+    if (range.nan) {
       store_scale(scales, g, layout.scale_dtype, NAN);
       std::memset(codes, 0, group);
       continue;
     }
-    float scale = store_scale(scales, g, layout.scale_dtype, largest / Format::kMax);
+    float scale = store_scale(scales, g, layout.scale_dtype, magnitude(range) / Format::kMax);
     if (scale == 0) scale = store_scale(scales, g, layout.scale_dtype, 1.0f);
     for (int i = 0; i < group; ++i) {
       float v = y[i] / scale;

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "convert.h"
+#include "lanes.h"
 
 namespace kvq::cpu::KVQ_ISA {
 
@@ -19,30 +20,15 @@ inline float load_half(const uint8_t* p) {
   return load_scale(reinterpret_cast<const char*>(p), 0, KVQ_FLOAT16);
 }
 
-/// Clamp to what float32 arithmetic bears; true where the block holds a NaN.
-inline bool clamp_block(float* y) {
-  bool nan = false;
-  for (int i = 0; i < kBlock; ++i) {
-    float v = y[i];
-    v = v > KVQ_LIMIT ? KVQ_LIMIT : v;
-    v = v < -KVQ_LIMIT ? -KVQ_LIMIT : v;
-    nan |= v != v;
-    y[i] = v;
-  }
-  return nan;
-}
-
 inline void encode_q8_0(float* y, const Layout& layout, uint8_t* codes) {
   for (int64_t b = 0; b < layout.head_dim / kBlock; ++b, y += kBlock, codes += 2 + kBlock) {
-    if (clamp_block(y)) {
+    const GroupRange range = clamp_group(y, kBlock, KVQ_LIMIT);
+    if (range.nan) {
       store_half(codes, NAN);
       std::memset(codes + 2, 0, kBlock);
       continue;
     }
-    float largest = 0;
-    for (int i = 0; i < kBlock; ++i)
-      largest = std::fabs(y[i]) > largest ? std::fabs(y[i]) : largest;
-    const float d = largest / 127;
+    const float d = magnitude(range) / 127;
     const float inverse = d == 0 ? 0.0f : 1 / d;
     store_half(codes, d);
     if (std::isinf(inverse)) {  // d < 2^-128 is stored as 0
@@ -59,17 +45,22 @@ inline void encode_q8_0(float* y, const Layout& layout, uint8_t* codes) {
   }
 }
 
+/// The first element of this magnitude, with its sign: where two tie, ggml takes the first.
+inline float first_of_magnitude(const float* y, float size) {
+  int i = 0;
+  while (std::fabs(y[i]) != size) ++i;
+  return y[i];
+}
+
 inline void encode_q4_0(float* y, const Layout& layout, uint8_t* codes) {
   for (int64_t b = 0; b < layout.head_dim / kBlock; ++b, y += kBlock, codes += 2 + kBlock / 2) {
-    if (clamp_block(y)) {
+    const GroupRange range = clamp_group(y, kBlock, KVQ_LIMIT);
+    if (range.nan) {
       store_half(codes, NAN);
       std::memset(codes + 2, 0, kBlock / 2);
       continue;
     }
-    float largest = y[0];  // signed; ties pick the first
-    for (int i = 1; i < kBlock; ++i)
-      largest = std::fabs(y[i]) > std::fabs(largest) ? y[i] : largest;
-    const float d = largest / -8;
+    const float d = first_of_magnitude(y, magnitude(range)) / -8;
     const float inverse = d == 0 ? 0.0f : 1 / d;
     store_half(codes, d);
     if (std::isinf(inverse)) {  // d < 2^-128 is stored as 0

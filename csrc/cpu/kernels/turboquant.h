@@ -6,6 +6,7 @@
 
 #include "../../shared/codebooks.h"
 #include "convert.h"
+#include "lanes.h"
 
 namespace kvq::cpu::KVQ_ISA {
 
@@ -47,16 +48,71 @@ inline const float* boundaries(int bits) {
 
 /// Sum of a[i] * b[i] in the order of reference._sum32: 32 lanes, then a butterfly.
 inline float dot32(const float* a, const float* b, int64_t n) {
-  float lane[32] = {};
-  for (int64_t i = 0; i < n; i += 32) {
-    const int64_t count = n - i < 32 ? n - i : 32;
-    for (int64_t j = 0; j < count; ++j) lane[j] += a[i + j] * b[i + j];
+  Lanes first{}, second{};
+  int64_t i = 0;
+  for (; i + 32 <= n; i += 32) {
+    first += load_lanes(a + i) * load_lanes(b + i);
+    second += load_lanes(a + i + kLanes) * load_lanes(b + i + kLanes);
   }
-  for (int distance = 16; distance > 0; distance /= 2) {
-    for (int j = 0; j < distance; ++j) lane[j] += lane[j + distance];
+  if (i < n) {  // the last lanes get fewer terms
+    float left[32] = {}, right[32] = {};
+    std::memcpy(left, a + i, (n - i) * sizeof(float));
+    std::memcpy(right, b + i, (n - i) * sizeof(float));
+    first += load_lanes(left) * load_lanes(right);
+    second += load_lanes(left + kLanes) * load_lanes(right + kLanes);
   }
-  return lane[0];
+  Lanes sum = first + second;
+  sum = sum + swap_lanes<8>(sum);
+  sum = sum + swap_lanes<4>(sum);
+  sum = sum + swap_lanes<2>(sum);
+  return sum[0] + sum[1];
 }
+
+/// Finds a code in two steps: a cell of a fine uniform grid gives a code at most two too small,
+/// and comparing with the exact boundaries gives the rest.
+template <int Bits>
+struct CodeSearch {
+  static constexpr int kCells = 1024;  // narrower than the closest two boundaries at 8 bits
+  static constexpr float kReach = 5.0f;
+  uint8_t first[kCells];
+  float edge[(1 << Bits) + 1];  // the boundaries, then infinity
+
+  CodeSearch() {
+    const float* inner = boundaries(Bits);
+    for (int i = 0; i < (1 << Bits) - 1; ++i) edge[i] = inner[i];
+    edge[(1 << Bits) - 1] = edge[1 << Bits] = INFINITY;
+    for (int cell = 0; cell < kCells; ++cell) {
+      // The cell before: rounding of the index must not skip a boundary.
+      const float left = cell == 0 ? -INFINITY : (cell - 1) * (2 * kReach / kCells) - kReach;
+      int code = 0;
+      while (edge[code] < left) ++code;
+      first[cell] = static_cast<uint8_t>(code);
+    }
+  }
+
+  static const CodeSearch& get() {
+    static const CodeSearch search;
+    return search;
+  }
+
+  /// q[i]: how many boundaries lie below y[i] / divisor.
+  void find(const float* y, float divisor, int64_t n, uint8_t* q) const {
+    for (int64_t i = 0; i < n; i += 8) {
+      float z[8];
+      int cell[8];
+      for (int j = 0; j < 8; ++j) {
+        z[j] = y[i + j] / divisor;
+        const float at = (z[j] + kReach) * (kCells / (2 * kReach));
+        cell[j] = static_cast<int>(at < 0 ? 0.0f : at > kCells - 1 ? kCells - 1.0f : at);
+      }
+      for (int j = 0; j < 8; ++j) {
+        int code = first[cell[j]];
+        for (int step = 0; step < 3; ++step) code += z[j] > edge[code];
+        q[i + j] = static_cast<uint8_t>(code);
+      }
+    }
+  }
+};
 
 /// Dense LSB-first packing of 8 codes into Bits bytes.
 template <int Bits>
@@ -85,16 +141,8 @@ void encode_turboquant(const float* y, const Layout& layout, KvqEncoder encoder,
     return;
   }
   const float divisor = norm == 0 ? 1.0f : norm;
-  const float* edge = boundaries(Bits);
   uint8_t q[kMaxHeadDim];
-  for (int64_t i = 0; i < n; ++i) {
-    const float z = y[i] / divisor;
-    int code = 0;  // how many boundaries lie below z
-    for (int step = 1 << (Bits - 1); step > 0; step /= 2) {
-      code += z > edge[code + step - 1] ? step : 0;
-    }
-    q[i] = static_cast<uint8_t>(code);
-  }
+  CodeSearch<Bits>::get().find(y, divisor, n, q);
   for (int64_t i = 0; i < n; i += 8) pack8<Bits>(q + i, codes + i * Bits / 8);
   if (encoder == KVQ_ENCODER_UNBIASED) {
     float centroid[kMaxHeadDim];
