@@ -18,6 +18,9 @@
 //    kernel's business (put them in the params). Buffer{tensor, bytes} adds a further byte offset.
 //  - An undefined or empty tensor is bound to a small dummy buffer: an optional argument needs no
 //    special case, but the kernel must not read it (guard it by a function constant or a param).
+//  - .instantiation is appended to the library's source, which is then compiled for this kernel
+//    alone: for templates with too many variants to compile them all on a user's Mac, e.g.
+//    "template [[host_name(\"name\")]] [[kernel]] decltype(f<half, 64>) f<half, 64>;".
 //  - .params is copied when the Launch is made, and bound to the index after the last buffer.
 //    Without params nothing is bound there.
 //  - Several launches given together go into one encoder and run in order; each sees all that the
@@ -47,11 +50,13 @@
 namespace kvq::runtime {
 
 /// One entry of the table in the generated header metal_libraries.h, which ends with an entry whose
-/// name is nullptr. Either `source` is set, or `metallib` and `metallib_size` are.
+/// name is nullptr.
 struct EmbeddedLibrary {
-  const char* name;               ///< stem of the .metal file
-  const char* source;             ///< flattened Metal source, compiled at first use
-  const unsigned char* metallib;  ///< output of `xcrun metal`, loaded at first use
+  const char* name;    ///< stem of the .metal file
+  const char* source;  ///< flattened Metal source, compiled at first use
+  /// Output of `xcrun metal` where the build had it, else nullptr: loaded instead of compiling the
+  /// source, unless a launch instantiates a kernel.
+  const unsigned char* metallib;
   size_t metallib_size;
 };
 
@@ -117,6 +122,7 @@ struct Size {
 struct Launch {
   const char* library;
   std::string kernel;
+  std::string instantiation{};
   std::vector<Constant> constants{};
   std::vector<Buffer> buffers{};
   Params params{};
@@ -141,11 +147,12 @@ void dispatch(std::initializer_list<Launch> launches);
 
 /// The pipeline of a kernel, compiled on first use and kept for the life of the process.
 const Pipeline& pipeline(const std::string& library, const std::string& kernel,
-                         const std::vector<Constant>& constants = {});
+                         const std::vector<Constant>& constants = {},
+                         const std::string& instantiation = "");
 
 /// Names of the embedded libraries, for `verify` and for tests.
 std::vector<std::string> library_names();
-/// Names of the kernels that an embedded library holds; compiles the library.
+/// Names of the kernels that an embedded library holds, instantiations left out; compiles it.
 std::vector<std::string> kernel_names(const std::string& library);
 
 }  // namespace kvq::runtime

@@ -74,9 +74,11 @@ MTLCompileOptions* compile_options() {
   return options;
 }
 
-id<MTLLibrary> load(const EmbeddedLibrary& embedded, NSError** error) {
-  if (embedded.source) {
-    return [device() newLibraryWithSource:[NSString stringWithUTF8String:embedded.source]
+id<MTLLibrary> load(const EmbeddedLibrary& embedded, const std::string& instantiation,
+                    NSError** error) {
+  if (!embedded.metallib || !instantiation.empty()) {
+    const std::string source = embedded.source + instantiation;
+    return [device() newLibraryWithSource:[NSString stringWithUTF8String:source.c_str()]
                                   options:compile_options()
                                     error:error];
   }
@@ -110,12 +112,13 @@ class Cache {
 
   id<MTLLibrary> library(const std::string& name) {
     std::lock_guard<std::mutex> lock(mutex_);
-    return library_locked(name, /*wanted_by=*/"");
+    return library_locked(name, /*instantiation=*/"", /*wanted_by=*/"");
   }
 
   const Pipeline& pipeline(const std::string& library, const std::string& kernel,
-                           const std::vector<Constant>& constants) {
-    std::string key = library + '\0' + kernel;
+                           const std::vector<Constant>& constants,
+                           const std::string& instantiation) {
+    std::string key = library + '\0' + kernel + '\0' + instantiation;
     for (const Constant& constant : constants) {
       key.append(1, '\0').append(constant.name).append(1, '\0');
       key.append(1, static_cast<char>(constant.type));
@@ -124,31 +127,34 @@ class Cache {
     std::lock_guard<std::mutex> lock(mutex_);
     auto found = pipelines_.find(key);
     if (found != pipelines_.end()) return found->second;
-    return pipelines_.emplace(key, make_pipeline(library, kernel, constants)).first->second;
+    return pipelines_.emplace(key, make_pipeline(library, kernel, constants, instantiation))
+        .first->second;
   }
 
  private:
-  id<MTLLibrary> library_locked(const std::string& name, const std::string& wanted_by) {
-    auto found = libraries_.find(name);
+  id<MTLLibrary> library_locked(const std::string& name, const std::string& instantiation,
+                                const std::string& wanted_by) {
+    const std::string key = name + '\0' + instantiation;
+    auto found = libraries_.find(key);
     if (found != libraries_.end()) return found->second;
     const EmbeddedLibrary& embedded = find_embedded(name);
     id<MTLLibrary> library = nil;
     std::string failure;
     @autoreleasepool {
       NSError* error = nil;
-      library = load(embedded, &error);
+      library = load(embedded, instantiation, &error);
       if (!library) failure = os_version() + ": " + message_of(error);
     }
     // Thrown after the pool: one that an exception passes through is not drained.
     TORCH_CHECK(library, "[kvq.metal] ", wanted_by.empty() ? "" : "kernel " + wanted_by + ": ",
                 "Metal library ", name, " does not compile on macOS ", failure);
-    libraries_.emplace(name, library);
+    libraries_.emplace(key, library);
     return library;
   }
 
   Pipeline make_pipeline(const std::string& library, const std::string& kernel,
-                         const std::vector<Constant>& constants) {
-    id<MTLLibrary> compiled = library_locked(library, kernel);
+                         const std::vector<Constant>& constants, const std::string& instantiation) {
+    id<MTLLibrary> compiled = library_locked(library, instantiation, kernel);
     id<MTLComputePipelineState> state = nil;
     std::string failure;
     @autoreleasepool {
@@ -227,7 +233,7 @@ const Size& grid_of(const Launch& launch) {
 
 Command prepare(const Launch& launch) {
   const Pipeline& pipeline =
-      Cache::instance().pipeline(launch.library, launch.kernel, launch.constants);
+      runtime::pipeline(launch.library, launch.kernel, launch.constants, launch.instantiation);
   Command command{&launch, (id<MTLComputePipelineState>)pipeline.state};
 
   TORCH_CHECK(launch.threads.is_given() != launch.threadgroups.is_given(), "[kvq.metal] kernel ",
@@ -307,8 +313,8 @@ void dispatch(const Launch& launch) { run(&launch, &launch + 1); }
 void dispatch(std::initializer_list<Launch> launches) { run(launches.begin(), launches.end()); }
 
 const Pipeline& pipeline(const std::string& library, const std::string& kernel,
-                         const std::vector<Constant>& constants) {
-  return Cache::instance().pipeline(library, kernel, constants);
+                         const std::vector<Constant>& constants, const std::string& instantiation) {
+  return Cache::instance().pipeline(library, kernel, constants, instantiation);
 }
 
 std::vector<std::string> library_names() {

@@ -45,7 +45,6 @@ if TYPE_CHECKING:
 __all__ = [
     "BuildError",
     "Unavailable",
-    "asan_environment",
     "configure",
     "install",
     "load_host_code",
@@ -232,15 +231,6 @@ def reset_stats() -> None:
 def python_environment(**changes: str) -> dict[str, str]:
     """Environment of a Python process that is to import this package by the same name."""
     return os.environ | {"PYTHONPATH": f"{HERE.parent}{os.pathsep}{ROOT}"} | changes
-
-
-def asan_environment() -> dict[str, str]:
-    """What a Python process needs in its environment for mode asan."""
-    return {
-        "KVQ_SOFTMETAL_MODE": "asan",
-        "LD_PRELOAD": build.asan_runtime(),
-        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
-    }
 
 
 def _report_fault_at_exit() -> None:

@@ -186,13 +186,3 @@ def build(target: Target) -> Path:
             run([*link, f"-Wl,-soname,{library.name}", "-o", str(unfinished)])
             unfinished.replace(library)
     return library
-
-
-def asan_runtime() -> str:
-    """The address sanitizer's shared runtime, to be preloaded into Python."""
-    found = subprocess.run(
-        [COMPILER, "-print-file-name=libclang_rt.asan-x86_64.so"], capture_output=True, text=True
-    ).stdout.strip()
-    if not Path(found).is_file():
-        raise Unavailable("libclang_rt.asan is missing (apt install libclang-rt-19-dev)")
-    return found

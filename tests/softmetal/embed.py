@@ -53,17 +53,17 @@ def as_string(source: str) -> str:
 def header(libraries: dict[str, str], compile_metal: Callable[[str], bytes] | None = None) -> str:
     """The generated header for libraries given as name: source.
 
-    With `compile_metal` it holds what that makes of each source, a metallib, instead.
+    With `compile_metal` it also holds what that makes of each source, a metallib.
     """
     blobs: list[str] = []
     entries: list[str] = []
     for name, source in sorted(libraries.items()):
-        if compile_metal is None:
-            entries.append(f'    {{"{name}", {as_string(source)}, nullptr, 0}},')
-        else:
+        metallib = "nullptr, 0"
+        if compile_metal is not None:
             data = ", ".join(map(str, compile_metal(source)))
             blobs.append(f"inline constexpr unsigned char k_{name}[] = {{{data}}};")
-            entries.append(f'    {{"{name}", nullptr, k_{name}, sizeof(k_{name})}},')
+            metallib = f"k_{name}, sizeof(k_{name})"
+        entries.append(f'    {{"{name}", {as_string(source)}, {metallib}}},')
     lines = [
         "// Generated from the .metal files. Do not edit.",
         "#pragma once",

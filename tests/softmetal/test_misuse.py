@@ -64,6 +64,7 @@ ABORTS = {
 RAISES = {
     "grid_too_large": "kernel scale: ",
     "far_write": "kernel far_write: ",
+    "data_race": "RACE",
 }
 
 
@@ -85,7 +86,8 @@ REPORTED = [
 @pytest.fixture(scope="module")
 def outcomes(soft: None) -> dict[str, Outcome]:
     command = [sys.executable, "-m", f"{__package__}.misuse.driver"]
-    done = subprocess.run(command, capture_output=True, text=True, env=python_environment())
+    environment = python_environment(KVQ_SOFTMETAL_MODE="race")
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

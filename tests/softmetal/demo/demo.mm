@@ -2,6 +2,7 @@
 #include "demo.h"
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include "mps/runtime.h"
@@ -70,6 +71,23 @@ at::Tensor sum(const at::Tensor& x) {
   return total;
 }
 
+/// A kernel template that is instantiated for the call.
+at::Tensor add(const at::Tensor& x, int64_t number) {
+  at::Tensor y = at::empty_like(x);
+  const std::string function = "demo_add<" + std::to_string(number) + ">";
+  const std::string name = "demo_add_" + std::to_string(number);
+  runtime::dispatch({
+      .library = "sum",
+      .kernel = name,
+      .instantiation = "template [[host_name(\"" + name + "\")]] [[kernel]] decltype(" + function +
+                       ") " + function + ";\n",
+      .buffers = {x, y},
+      .threads = {x.numel()},
+      .threads_per_threadgroup = {kThreads},
+  });
+  return y;
+}
+
 std::vector<std::string> kernels(const std::string& library) {
   return runtime::kernel_names(library);
 }
@@ -99,6 +117,7 @@ TORCH_LIBRARY(kvq_demo, m) {
   m.def("scale(Tensor x, float factor, Tensor? bias=None, bool negate=False, "
         "int extra_rounds=0) -> Tensor");
   m.def("sum(Tensor x) -> Tensor");
+  m.def("add(Tensor x, int number) -> Tensor");
   m.def("only_schema(Tensor x) -> Tensor");
   m.def("launch(Tensor x, str library, str kernel, int[] threads, int[] threads_per_threadgroup, "
         "int[] threadgroup_memory, int byte_offset) -> ()");
@@ -109,6 +128,7 @@ TORCH_LIBRARY(kvq_demo, m) {
 TORCH_LIBRARY_IMPL(kvq_demo, MPS, m) {
   m.impl("scale", scale);
   m.impl("sum", sum);
+  m.impl("add", add);
   m.impl("launch", launch);
 }
 

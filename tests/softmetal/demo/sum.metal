@@ -28,3 +28,11 @@ kernel void demo_merge_sum(device const float* partial [[buffer(0)]],
   for (uint i = 0; i < params.count; ++i) sum += partial[i];
   total[0] = sum;
 }
+
+/// x + N; compiled for the N that a launch instantiates.
+template <int N>
+kernel void demo_add(device const float* x [[buffer(0)]],
+                     device float* y [[buffer(1)]],
+                     uint index [[thread_position_in_grid]]) {
+  y[index] = x[index] + float(N);
+}

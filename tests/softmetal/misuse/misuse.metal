@@ -24,3 +24,7 @@ kernel void scratch(device float* y [[buffer(0)]],
 kernel void far_write(device float* y [[buffer(0)]], uint index [[thread_position_in_grid]]) {
   y[index + 1000000u] = 1.0f;
 }
+
+kernel void data_race(device float* y [[buffer(0)]], uint index [[thread_position_in_grid]]) {
+  y[0] = float(index);
+}

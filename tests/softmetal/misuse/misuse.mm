@@ -80,6 +80,7 @@ struct Bench {
   id<MTLComputePipelineState> scale = pipeline("scale");
   id<MTLComputePipelineState> scratch = pipeline("scratch");
   id<MTLComputePipelineState> far_write = pipeline("far_write");
+  id<MTLComputePipelineState> data_race = pipeline("data_race");
   dispatch_queue_t queue = torch::mps::get_dispatch_queue();
 
   using Encode = std::function<void(id<MTLComputeCommandEncoder>)>;
@@ -321,6 +322,13 @@ const std::map<std::string, Fault>& faults() {
            [e setComputePipelineState:b.far_write];
            [e setBuffer:buffer_of(b.y) offset:0 atIndex:0];
            Bench::launch(e);
+         });
+       }},
+      {"data_race", [](const Bench& b) {  // seen in the race build only
+         b.encoder([&](Encoder e) {
+           [e setComputePipelineState:b.data_race];
+           [e setBuffer:buffer_of(b.y) offset:0 atIndex:0];
+           Bench::launch(e, 64, 64);
          });
        }},
   };
