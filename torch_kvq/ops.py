@@ -38,9 +38,16 @@ class Packed(NamedTuple):
 
 
 @lru_cache(maxsize=64)
+def _kept_signs(head_dim: int, device: torch.device) -> torch.Tensor:
+    return hadamard_signs(head_dim, device=device)
+
+
+@torch.compiler.assume_constant_result
 def default_signs(head_dim: int, device: torch.device) -> torch.Tensor:
     """The default random signs of a head size, float32 [head_dim]."""
-    return hadamard_signs(head_dim, device=device)
+    # Under a dispatch mode (fake tensors, say) tensors belong to it and must not be kept.
+    make = hadamard_signs if torch._C._len_torch_dispatch_stack() else _kept_signs
+    return make(head_dim, device=device)
 
 
 def _signs(fmt: KVFormat, given: torch.Tensor | None, like: torch.Tensor, head_dim: int):  # type: ignore[no-untyped-def]
