@@ -43,7 +43,7 @@ PARAMS = np.dtype(
     + [(f"mask_{s}", "i8") for s in ("batch", "head", "query", "column", "columns")]
     + [("window", "i8")]
     + [(n, "u4") for n in ("heads", "groups", "queries", "capacity", "value_dim", "splits")]
-    + [(n, "u4") for n in ("causal", "ring", "mask_kind", "has_sinks")]
+    + [(n, "u4") for n in ("causal", "ring", "mask_kind", "has_sinks", "magic", "unused")]
     + [("scale", "f4"), ("softcap", "f4")]
 )
 
@@ -210,7 +210,7 @@ def attention(
     for name, value in {
         "heads": heads, "groups": groups, "queries": queries, "capacity": capacity,
         "value_dim": value_dim, "splits": splits, "causal": causal, "ring": ring,
-        "window": window, "has_sinks": sinks is not None, "softcap": softcap,
+        "window": window, "has_sinks": sinks is not None, "softcap": softcap, "magic": 0x4B000000,
         "scale": 1 / math.sqrt(head_dim) if scale is None else scale,
     }.items():  # fmt: skip
         p[name] = value

@@ -9,7 +9,8 @@ from __future__ import annotations
 from .lexer import Source
 
 _ELEMENTS = "float half bfloat char uchar short ushort int uint long ulong bool".split()
-VECTORS = frozenset(f"{t}{n}" for t in _ELEMENTS for n in "234") | {
+# half and bfloat: clang has no conversion between them.
+VECTORS = frozenset(f"{t}{n}" for t in _ELEMENTS for n in "234") | {"half", "bfloat"} | {
     f"{t}_t{n}" for t in ("uint8", "int8", "uint16", "int16", "uint32", "int32") for n in "24"
 }
 _SCALARS = frozenset((*_ELEMENTS, "unsigned", "signed", "size_t", "uint8_t", "int8_t", "uint16_t", "int16_t"))

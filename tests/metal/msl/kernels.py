@@ -183,6 +183,7 @@ class _Finder:
                 i = end
             i += 1
         name_at = stop - 1 if name_at is None else name_at
+        is_array = source.is_(name_at, "]")
         while source.is_(name_at, "]"):
             name_at = source.opening(name_at) - 1
         name = source.code[name_at].text
@@ -191,7 +192,7 @@ class _Finder:
         for harmless in ("access", "raster_order_group", "maybe_unused", "alignas", "max_total_threads_per_threadgroup"):
             attributes.pop(harmless, None)
         if not attributes:
-            if not re.search(r"[*&]", declaration):
+            if not is_array and not re.search(r"[*&]", declaration):
                 raise source.fail(start, f"kernel {kernel}: parameter without attribute: {declaration}")
             return Parameter(name, "buffer", "", condition, declaration)
         if len(attributes) != 1:

@@ -110,7 +110,7 @@ def _apply(text: str, wraps: set[tuple[int, int]]) -> str:
     inserts: list[tuple[int, int, str]] = []
     for begin, end in wraps:
         piece = text[begin:end]
-        if not piece.strip() or piece.startswith("msl_flat(") or "{" in piece:
+        if not piece.strip() or "{" in piece or "msl_flat(" in (piece[:9], text[max(0, begin - 9) : begin]):
             continue
         # pointer->method() : the object is what the pointer points to
         if text[end : end + 2] == "->":

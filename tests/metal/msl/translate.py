@@ -49,6 +49,7 @@ def translate(preprocessed: str, target: Target = "emulator", only: str | None =
     _attributes(source)
     _decay_array_parameters(source)
     _threadgroup_variables(source)
+    _constant_objects(source)
     _method_qualifiers(source)
     rewrite_casts(source)
     _literals(source)
@@ -61,31 +62,34 @@ def translate(preprocessed: str, target: Target = "emulator", only: str | None =
     return Translation(text, kernels, instances, constants)
 
 
+_QUALIFIERS = ("constant", "static", "const", "constexpr", "extern")
+
+
 def _function_constants(source: Source) -> list[FunctionConstant]:
     """`constant T name [[function_constant(n)]];` becomes a macro of the shim."""
     found, code = [], source.code
     i = 0
     while i < len(code):
-        if source.is_attribute(i) and source.is_(i + 2, "function_constant") and source.is_(i - 3, "constant"):
+        if source.is_attribute(i) and source.is_(i + 2, "function_constant"):
+            begin = i
+            while begin > 0 and not code[begin - 1].text.endswith((";", "{", "}", "(", ",")):
+                begin -= 1
+            words = [t.text for t in code[begin : i - 1]]
             end = source.closing(i)
-            if not source.is_(end + 1, ";"):
-                raise source.fail(i, "a function constant takes no initialiser")
+            if "constant" not in words or not source.is_(end + 1, ";"):
+                i = end + 1  # the condition of a buffer
+                continue
             expression = source.text(i + 4, source.closing(i + 3))
             if not re.fullmatch(r"[\s\d+*()xXa-fA-FuU-]+", expression):
                 raise source.fail(i, f"function_constant({expression}): the index is not a number")
             index = int(eval(re.sub(r"(?<=\d)[uU]", "", expression), {"__builtins__": {}}))  # digits and operators only
-            constant = FunctionConstant(code[i - 1].text, code[i - 2].text, index)
+            kind = " ".join(w for w in words if w not in _QUALIFIERS)
+            constant = FunctionConstant(code[i - 1].text, kind, index)
             found.append(constant)
-            begin = i - 3
-            while source.is_(begin - 1, "static", "const", "constexpr"):
-                begin -= 1
             source.erase(begin, end + 2)
-            code[begin].prefix = f"MSL_FUNCTION_CONSTANT({constant.type}, {constant.name}, {constant.index})"
+            code[begin].text = f"MSL_FUNCTION_CONSTANT({kind}, {constant.name}, {constant.index});"
             i = end + 1
         i += 1
-    for token in code:
-        if token.prefix.startswith("MSL_FUNCTION_CONSTANT"):
-            token.text = ";"
     source.compact()
     return found
 
@@ -110,7 +114,7 @@ def _derived_constants(source: Source, names: set[str]) -> set[str]:
             head = [t.text for t in source.code[begin:i]]
             if "constant" in head and "=" in head and names & set(head[head.index("=") :]):
                 equals = begin + head.index("=")
-                kind = [t for t in head[: head.index("=") - 1] if t not in ("constant", "static", "const", "constexpr")]
+                kind = [t for t in head[: head.index("=") - 1] if t not in _QUALIFIERS]
                 name = source.code[equals - 1].text
                 derived.add(name)
                 names = names | {name}
@@ -134,23 +138,50 @@ def _opens_namespace(source: Source, i: int) -> bool:
 
 
 def _replace_constants(source: Source, names: set[str]) -> None:
+    """Uses of function constants become calls that know whether there is a value."""
     if not names:
         return
     code = source.code
+    declared: set[str] = set()
+    hidden: dict[str, int] = {}  # a parameter or variable of the same name hides the constant up to here
     for i, token in enumerate(code):
+        if token.text.startswith(("MSL_FUNCTION_CONSTANT(", "MSL_INLINE ")):
+            declared |= names & set(re.findall(r"\w+?(?=[,(])|(?<=msl_constant_)\w+", token.text))
         if token.kind != "name":
             continue
         if token.text == "is_function_constant_defined":
-            name = source.code[i + 2].text
-            token.text = f"msl_defined_{name}" if name in names else token.text
+            name = code[i + 2].text
+            token.text = f"msl_defined_{name}"
             source.erase(i + 1, i + 4)
         elif token.text in names and not source.is_(i - 1, ".", "->"):
-            declares = (source.is_name(i - 1) and not source.is_(i - 1, "return", "else", "case")) or (
-                source.is_(i - 1, "*", "&") and source.is_(i + 1, ",", ")", "=") and source.is_(i - 3, ",", "(", ";")
-            )
-            if not declares:
+            if _declares(source, i):
+                hidden[token.text] = _scope_end(source, i)
+            elif token.text in declared and i > hidden.get(token.text, -1):
                 token.text = f"msl_constant_{token.text}()"
     source.compact()
+
+
+def _declares(source: Source, i: int) -> bool:
+    """Whether the name at i is being declared: it follows a type."""
+    if source.is_name(i - 1):
+        return not source.is_(i - 1, "return", "else", "case")
+    return source.is_(i - 1, "*", "&") and source.is_(i + 1, ",", ")", "=", "[") and source.is_name(i - 2)
+
+
+def _scope_end(source: Source, i: int) -> int:
+    """Index of the } that ends the scope of what is declared at i."""
+    depth, j = 0, i
+    while j > 0:
+        j -= 1
+        depth += {")": 1, "}": 1, "]": 1, "(": -1, "{": -1, "[": -1}.get(source.code[j].text, 0)
+        if depth < 0:
+            break
+    if not source.is_(j, "("):
+        return source.closing(j) if source.is_(j, "{") else len(source.code)
+    end = source.closing(j)
+    while not source.is_(end, "{", ";"):
+        end = source.closing(end) + 1 if source.is_(end, "(", "[") else end + 1
+    return source.closing(end) if source.is_(end, "{") else end
 
 
 def _attributes(source: Source) -> None:
@@ -229,6 +260,18 @@ def _threadgroup_variables(source: Source) -> None:
     source.compact()
 
 
+def _constant_objects(source: Source) -> None:
+    """`constant T name(arguments);` of a class: its constructor would have to be qualified, so it loses the space."""
+    for i, token in enumerate(source.code):
+        if token.text != "constant" or not (i == 0 or source.is_(i - 1, ";", "}", "{", "static")):
+            continue
+        j = i + 1
+        while source.is_name(j) or source.is_(j, "::"):
+            j += 1
+        if source.is_(j, "(") and j - i >= 3 and source.is_(source.closing(j) + 1, ";") and not source.is_(j - 2, "::"):
+            token.text = "const" if source.is_(i - 1, "static") else "static const"
+
+
 def _method_qualifiers(source: Source) -> None:
     """`void f() const device {`: C++ has no address space on methods. The qualifier goes, and of overloads that
     differ in nothing else the first stays; calls on objects elsewhere are wrapped in msl_flat (toolchain.repair)."""
@@ -261,13 +304,20 @@ def _method_qualifiers(source: Source) -> None:
         token.text = "MSL_QUALIFIED_METHOD"
         if (scope, f"{plain} {is_const}") in seen:
             source.erase(begin, end + 1)
+            code[end].text = ";"  # where the next declaration starts
         seen.add((scope, f"{plain} {is_const}"))
     source.compact()
 
 
 def _literals(source: Source) -> None:
-    """Literals of half and bfloat: 1.0h, 0x1p-3h, 2bf."""
-    for token in source.code:
+    """Literals of half and bfloat: 1.0h, 0x1p-3h, 2bf. Strings, which are in the constant address space."""
+    for i, token in enumerate(source.code):
+        if token.kind == "string" and source.is_(i - 1, "(", ","):
+            j = i
+            while j > 0 and not source.is_(j, "(", ";", "{"):
+                j = source.opening(j) - 1 if source.is_(j, ")", "]", "}") else j - 1
+            if not source.is_(j - 1, "static_assert"):
+                token.text = f"(MSL_constant char*)(ulong){token.text}"
         match = re.fullmatch(r"(\d[\w.]*|\.\d[\w.+-]*|\d[\w.+-]*?)(h|H|bf|BF)", token.text) if token.kind == "number" else None
         if not match or (token.text[:2] in ("0x", "0X") and "p" not in token.text.lower()):
             continue

@@ -156,6 +156,8 @@ MSL_INLINE uint msl_active(const char* name, MSL_SITE) {
 #endif
 
 // ---- operators of reductions
+template <class T>
+using msl_word_of = conditional_t<sizeof(T) == 2, ushort, conditional_t<sizeof(T) == 4, uint, ulong>>;
 struct msl_add {
   template <class T>
   T operator()(T a, T b) const { return T(a + b); }
@@ -174,15 +176,30 @@ struct msl_minimum {
 };
 struct msl_and {
   template <class T>
-  T operator()(T a, T b) const { return T(a & b); }
+  T operator()(T a, T b) const {
+    if constexpr (is_floating_point_v<T>)  // sources instantiate these for floats with the rest
+      return __builtin_bit_cast(T, __builtin_bit_cast(msl_word_of<T>, a) & __builtin_bit_cast(msl_word_of<T>, b));
+    else
+      return T(a & b);
+  }
 };
 struct msl_or {
   template <class T>
-  T operator()(T a, T b) const { return T(a | b); }
+  T operator()(T a, T b) const {
+    if constexpr (is_floating_point_v<T>)  // sources instantiate these for floats with the rest
+      return __builtin_bit_cast(T, __builtin_bit_cast(msl_word_of<T>, a) | __builtin_bit_cast(msl_word_of<T>, b));
+    else
+      return T(a | b);
+  }
 };
 struct msl_xor {
   template <class T>
-  T operator()(T a, T b) const { return T(a ^ b); }
+  T operator()(T a, T b) const {
+    if constexpr (is_floating_point_v<T>)  // sources instantiate these for floats with the rest
+      return __builtin_bit_cast(T, __builtin_bit_cast(msl_word_of<T>, a) ^ __builtin_bit_cast(msl_word_of<T>, b));
+    else
+      return T(a ^ b);
+  }
 };
 
 // ---- simdgroup functions

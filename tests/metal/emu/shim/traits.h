@@ -35,12 +35,17 @@ template <class T>
 struct enable_if<true, T> {
   typedef T type;
 };
-template <class...>
-using void_t = void;
 template <bool B, class T, class F>
 using conditional_t = typename conditional<B, T, F>::type;
 template <bool B, class T = void>
 using enable_if_t = typename enable_if<B, T>::type;
+
+template <class... B>
+struct _conjunction : bool_constant<(B::value && ...)> {};
+template <class... B>
+struct _disjunction : bool_constant<(B::value || ...)> {};
+template <class B>
+struct _negation : bool_constant<!B::value> {};
 
 template <class T>
 struct remove_const {
@@ -191,8 +196,6 @@ struct is_class : bool_constant<__is_class(T)> {};
 template <class T>
 struct is_union : bool_constant<__is_union(T)> {};
 template <class T>
-struct is_empty : bool_constant<__is_empty(T)> {};
-template <class T>
 struct is_const : bool_constant<__is_const(T)> {};
 template <class T>
 struct is_volatile : bool_constant<__is_volatile(T)> {};
@@ -256,7 +259,6 @@ MSL_TRAIT_VALUE(is_reference)
 MSL_TRAIT_VALUE(is_array)
 MSL_TRAIT_VALUE(is_class)
 MSL_TRAIT_VALUE(is_union)
-MSL_TRAIT_VALUE(is_empty)
 MSL_TRAIT_VALUE(is_const)
 MSL_TRAIT_VALUE(is_volatile)
 MSL_TRAIT_VALUE(is_trivially_copyable)
@@ -327,6 +329,14 @@ struct array {
   constexpr T& back() { return elements[N - 1]; }
   constexpr void fill(const T& x) { for (size_t i = 0; i < N; ++i) elements[i] = x; }
 };
+
+// <metal_uniform>
+template <class T>
+using uniform = T;
+template <class T>
+MSL_INLINE constexpr T make_uniform(T x) {
+  return x;
+}
 
 template <class T, class F>
 MSL_INLINE constexpr T as_type(F x) {

@@ -55,29 +55,28 @@ constexpr bool msl_is_float<bfloat> = true;
 template <int N>
 struct msl_bools;
 #define MSL_BOOLS_BODY(N)                                                                                     \
-  constexpr msl_bools() = default;                                                                            \
+  msl_bools() = default;                                                                                      \
   template <class T>                                                                                          \
-  constexpr msl_bools(msl_vector<T, N> mask) : msl_bools() { for (int i = 0; i < N; ++i) (&x)[i] = mask[i] != 0; } \
+  msl_bools(msl_vector<T, N> mask) { for (int i = 0; i < N; ++i) (&x)[i] = mask[i] != 0; } \
   constexpr bool& operator[](int i) { return (&x)[i]; }                                                       \
   constexpr bool operator[](int i) const { return (&x)[i]; }
 template <>
 struct msl_bools<2> {
-  bool x = false, y = false;
+  bool x, y;
   constexpr msl_bools(bool a, bool b) : x(a), y(b) {}
   constexpr explicit msl_bools(bool a) : x(a), y(a) {}
   MSL_BOOLS_BODY(2)
 };
 template <>
 struct msl_bools<3> {
-  bool x = false, y = false, z = false;
-  bool padding = false;
-  constexpr msl_bools(bool a, bool b, bool c) : x(a), y(b), z(c) {}
-  constexpr explicit msl_bools(bool a) : x(a), y(a), z(a) {}
+  bool x, y, z, padding;
+  constexpr msl_bools(bool a, bool b, bool c) : x(a), y(b), z(c), padding(false) {}
+  constexpr explicit msl_bools(bool a) : x(a), y(a), z(a), padding(false) {}
   MSL_BOOLS_BODY(3)
 };
 template <>
 struct msl_bools<4> {
-  bool x = false, y = false, z = false, w = false;
+  bool x, y, z, w;
   constexpr msl_bools(bool a, bool b, bool c, bool d) : x(a), y(b), z(c), w(d) {}
   constexpr explicit msl_bools(bool a) : x(a), y(a), z(a), w(a) {}
   MSL_BOOLS_BODY(4)
@@ -171,7 +170,10 @@ template <class V, class A>
 MSL_INLINE constexpr V msl_convert(A a) {
   typedef msl_element<V> E;
   if constexpr (!msl_traits<V>::is_vector) {
-    return V(a);
+    if constexpr (sizeof(V) == 2 && msl_is_float<V> && msl_is_float<A>)
+      return V((float)a);
+    else
+      return V(a);
   } else if constexpr (msl_traits<A>::is_vector) {
     static_assert(msl_count<A> == msl_count<V>, "vector conversion: different number of components");
     // half <-> bfloat goes through float, as clang's x86 back end has no such conversion
@@ -190,7 +192,9 @@ MSL_INLINE constexpr V msl_convert(A a) {
 }
 template <class V, class... A>
 MSL_INLINE constexpr V msl_make(A... a) {
-  if constexpr (!msl_traits<V>::is_vector) {
+  if constexpr (!msl_traits<V>::is_vector && msl_is_float<V> && sizeof...(A) == 1) {
+    return msl_convert<V>(a...);
+  } else if constexpr (!msl_traits<V>::is_vector) {
     return V(a...);
   } else if constexpr (sizeof...(A) == 0) {
     return V(msl_element<V>(0));
