@@ -58,7 +58,8 @@ class Build(BuildExtension):
                 for name, flags in INSTRUCTION_SETS.items()
                 if compiler_accepts(compiler[:1], flags)
             }
-        kernels = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu/kernels").glob("*.cpp"))
+        folder = ROOT / "csrc/cpu/kernels"
+        kernels = sorted(str(p.relative_to(ROOT)) for p in folder.glob("*.cpp"))
         for name, flags in sets.items():
             ext.extra_objects += self.compiler.compile(
                 kernels,

@@ -2,6 +2,7 @@
 // and one rounding per operation, which the encoders need (reference.py).
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -77,9 +78,9 @@ inline GroupRange clamp_group(float* y, int group, float limit) {
   return {smallest_lane(low), largest_lane(high), sum != sum};
 }
 
-/// The larger magnitude of a range's ends.
+/// The larger magnitude of a range's ends; never a negative zero.
 inline float magnitude(const GroupRange& range) {
-  return -range.low > range.high ? -range.low : range.high;
+  return std::fabs(-range.low > range.high ? range.low : range.high);
 }
 
 }  // namespace kvq::cpu::KVQ_ISA
