@@ -180,7 +180,7 @@ def on(device: str, value: object) -> object:
 
 def raw(t: torch.Tensor) -> torch.Tensor:
     """A tensor's bytes, [..., row bytes], on the CPU."""
-    return t.detach().cpu().contiguous().view(torch.uint8)
+    return torch.atleast_1d(t.detach().cpu()).contiguous().view(torch.uint8)
 
 
 def assert_bytes(actual: torch.Tensor, expected: torch.Tensor, what: str = "tensor") -> None:
