@@ -23,11 +23,10 @@ struct Affine {
       high = simd_max(high);
       has_nan = simd_max(has_nan);
       const float bias = round_scale(has_nan ? NAN : (low == 0.0f ? 0.0f : low), out.scale_dtype);
-      float scale =
-          round_scale(has_nan ? NAN : precise::divide(high - low, levels), out.scale_dtype);
+      float scale = round_scale(has_nan ? NAN : (high - low) / levels, out.scale_dtype);
       scale = scale == 0.0f ? 1.0f : scale;
       for (int i = begin; i < end; i += 32) {
-        const float code = floor(precise::divide(row[i] - bias, scale) + 0.5f);
+        const float code = floor((row[i] - bias) / scale + 0.5f);
         row[i] = code > 0.0f && !has_nan ? (code > levels ? levels : code) : 0.0f;
       }
       if (lane == 0) {

@@ -43,10 +43,10 @@ struct Fp8 {
       }
       largest = simd_max(largest);
       has_nan = simd_max(has_nan);
-      float scale = round_scale(has_nan ? NAN : precise::divide(largest, most), out.scale_dtype);
+      float scale = round_scale(has_nan ? NAN : largest / most, out.scale_dtype);
       scale = scale == 0.0f ? 1.0f : scale;
       for (int i = begin; i < end; i += 32) {
-        const float scaled = bound(precise::divide(row[i], scale), most);
+        const float scaled = bound(row[i] / scale, most);
         out.codes[i] = uchar(has_nan ? 0u : code_of(scaled));
       }
       if (lane == 0) {

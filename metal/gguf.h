@@ -26,8 +26,8 @@ struct Q8_0 {
       const float v = bound(row[b * 32 + int(lane)], KVQ_LIMIT);
       const bool has_nan = simd_max(int(is_nan(v))) != 0;
       const float largest = simd_max(is_nan(v) ? 0.0f : fabs(v));
-      const float d = has_nan ? NAN : precise::divide(largest, 127.0f);
-      const float inverse = d == 0.0f ? 0.0f : precise::divide(1.0f, d);
+      const float d = has_nan ? NAN : largest / 127.0f;
+      const float inverse = d == 0.0f ? 0.0f : 1.0f / d;
       const float scaled = v * inverse;
       const float magnitude = fabs(scaled);
       const float whole = floor(magnitude);
@@ -56,8 +56,8 @@ struct Q4_0 {
       const float largest = simd_max(magnitude);
       const int first = simd_min(magnitude == largest ? int(lane) : 32);
       const float peak = simd_shuffle(v, ushort(first));
-      const float d = has_nan ? NAN : precise::divide(peak, -8.0f);
-      const float inverse = d == 0.0f ? 0.0f : precise::divide(1.0f, d);
+      const float d = has_nan ? NAN : peak / -8.0f;
+      const float inverse = d == 0.0f ? 0.0f : 1.0f / d;
       const float scaled = v * inverse;  // rounded before the sum, as ggml's is
       float code = trunc(scaled + 8.5f);
       code = code > 0.0f && !is_blank(has_nan, inverse) ? (code > 15.0f ? 15.0f : code) : 0.0f;

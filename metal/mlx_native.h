@@ -29,8 +29,7 @@ constant bool kvq_rotate [[function_constant(1)]];
       const uint index =
           params.bits == 4 ? (uint(code[i / 2]) >> (i % 2 * 4)) & mask : uint(code[i]) & mask;
       // Up to D = 256 the L2 norm is stored; beyond, the RMS of every 256 coordinates.
-      const float factor =
-          n > 256 ? precise::divide(norm[i / 256], params.divisor) : norm[0] * params.scale;
+      const float factor = n > 256 ? norm[i / 256] / params.divisor : norm[0] * params.scale;
       v = codebook[index] * factor;
     }
     if (kvq_rotate) {

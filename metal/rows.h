@@ -13,7 +13,7 @@ inline int64_t slot_of(constant KvqWriteParams& params, const device int* positi
   } else if (params.position_bytes == 4) {
     first = position[b * params.position_stride];
   }
-  if (first < 0) {
+  if (first < 0 || first > 0x7fffffffffffffff - params.tokens) {
     return -1;
   }
   if (params.ring != 0) {

@@ -47,7 +47,7 @@ struct TurboQuant {
       squares += square;
     }
     squares = sum32(squares);
-    const float mean_square = precise::divide(squares, float(n));
+    const float mean_square = squares / float(n);
     float norm = round_scale(precise::sqrt(mean_square), out.scale_dtype);
     const bool has_nan = is_nan(norm);
     const float divisor = norm == 0.0f ? 1.0f : norm;
@@ -55,7 +55,7 @@ struct TurboQuant {
     constant float* edges = boundaries_of(bits);
     float dot = 0.0f;
     for (int i = int(lane); i < n; i += 32) {
-      const float z = precise::divide(row[i], divisor);
+      const float z = row[i] / divisor;
       int code = 0;  // how many boundaries lie below z
       for (int step = 1 << (bits - 1); step > 0; step /= 2) {
         code += z > edges[code + step - 1] ? step : 0;
@@ -67,8 +67,7 @@ struct TurboQuant {
     }
     if (out.unbiased) {
       dot = sum32(dot);
-      norm = dot > 0.0f && !has_nan ? round_scale(precise::divide(squares, dot), out.scale_dtype)
-                                    : norm;
+      norm = dot > 0.0f && !has_nan ? round_scale(squares / dot, out.scale_dtype) : norm;
     }
     if (lane == 0) {
       store_scale(out.scales, 0, out.scale_dtype, norm);

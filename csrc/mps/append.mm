@@ -50,6 +50,19 @@ void write_both(const SideArguments& key, const SideArguments& value, const Posi
   }
 }
 
+SideArguments as_key(Packed packed, const at::Tensor& x, std::string_view format,
+                     int64_t group_size, const OptionalTensor& signs, const OptionalTensor& mean,
+                     std::string_view encoder) {
+  return {"k_", kKeyNames, "key", std::move(packed), x, format, group_size, signs, mean, encoder};
+}
+
+SideArguments as_value(Packed packed, const at::Tensor& x, std::string_view format,
+                       int64_t group_size, const OptionalTensor& signs, const OptionalTensor& mean,
+                       std::string_view encoder) {
+  return {"v_",  kValueNames, "value", std::move(packed), x, format, group_size,
+          signs, mean,        encoder};
+}
+
 void append(const at::Tensor& k_codes, const at::Tensor& k_scales, const at::Tensor& k_biases,
             const at::Tensor& v_codes, const at::Tensor& v_scales, const at::Tensor& v_biases,
             const at::Tensor& k, const at::Tensor& v, const at::Tensor& position,
@@ -59,25 +72,11 @@ void append(const at::Tensor& k_codes, const at::Tensor& k_scales, const at::Ten
             c10::string_view v_encoder, bool ring) {
   check_input("append_", "key", k, kDevice);
   check_positions("append_", "position", position, k.size(0), kDevice);
-  write_both({"k_",
-              "key",
-              {k_codes, k_scales, k_biases},
-              k,
-              k_format,
-              k_group_size,
-              k_signs,
-              k_mean,
-              k_encoder},
-             {"v_",
-              "value",
-              {v_codes, v_scales, v_biases},
-              v,
-              v_format,
-              v_group_size,
-              v_signs,
-              v_mean,
-              v_encoder},
-             {position}, ring);
+  write_both(
+      as_key({k_codes, k_scales, k_biases}, k, k_format, k_group_size, k_signs, k_mean, k_encoder),
+      as_value({v_codes, v_scales, v_biases}, v, v_format, v_group_size, v_signs, v_mean,
+               v_encoder),
+      {position}, ring);
 }
 
 void append_at(const at::Tensor& k_codes, const at::Tensor& k_scales, const at::Tensor& k_biases,
@@ -88,25 +87,11 @@ void append_at(const at::Tensor& k_codes, const at::Tensor& k_scales, const at::
                const OptionalTensor& k_mean, const OptionalTensor& v_mean,
                c10::string_view k_encoder, c10::string_view v_encoder, bool ring) {
   check_input("append_", "key", k, kDevice);
-  write_both({"k_",
-              "key",
-              {k_codes, k_scales, k_biases},
-              k,
-              k_format,
-              k_group_size,
-              k_signs,
-              k_mean,
-              k_encoder},
-             {"v_",
-              "value",
-              {v_codes, v_scales, v_biases},
-              v,
-              v_format,
-              v_group_size,
-              v_signs,
-              v_mean,
-              v_encoder},
-             {at::Tensor(), position}, ring);
+  write_both(
+      as_key({k_codes, k_scales, k_biases}, k, k_format, k_group_size, k_signs, k_mean, k_encoder),
+      as_value({v_codes, v_scales, v_biases}, v, v_format, v_group_size, v_signs, v_mean,
+               v_encoder),
+      {at::Tensor(), position}, ring);
 }
 
 TORCH_LIBRARY_IMPL(kvq, MPS, m) {

@@ -41,7 +41,7 @@ void quantize_into(const at::Tensor& codes, const at::Tensor& scales, const at::
                    c10::string_view encoder, bool ring) {
   check_input("quantize_into_", "x", x, kDevice);
   check_positions("quantize_into_", "position", position, x.size(0), kDevice);
-  write_one({"", "x", {codes, scales, biases}, x, format, group_size, signs, mean, encoder},
+  write_one({"", kNames, "x", {codes, scales, biases}, x, format, group_size, signs, mean, encoder},
             {position}, ring);
 }
 
@@ -50,7 +50,7 @@ void quantize_into_at(const at::Tensor& codes, const at::Tensor& scales, const a
                       int64_t group_size, const OptionalTensor& signs, const OptionalTensor& mean,
                       c10::string_view encoder, bool ring) {
   check_input("quantize_into_", "x", x, kDevice);
-  write_one({"", "x", {codes, scales, biases}, x, format, group_size, signs, mean, encoder},
+  write_one({"", kNames, "x", {codes, scales, biases}, x, format, group_size, signs, mean, encoder},
             {at::Tensor(), position}, ring);
 }
 

@@ -15,10 +15,15 @@ struct Position {
   std::vector<int64_t> known() const { return {tensor.defined() ? 0 : value}; }
 };
 
+constexpr const char* kNames[] = {"codes", "scales", "biases"};
+constexpr const char* kKeyNames[] = {"k_codes", "k_scales", "k_biases"};
+constexpr const char* kValueNames[] = {"v_codes", "v_scales", "v_biases"};
+
 /// One side of a write, as the caller gave it.
 struct SideArguments {
-  const char* prefix;  ///< "k_", "v_" or ""
-  const char* name;    ///< of the tensor to write
+  const char* prefix;             ///< "k_", "v_" or ""
+  const char* const (&names)[3];  ///< of the tensors that are written
+  const char* name;               ///< of the tensor to write into them
   Packed packed;
   at::Tensor x;
   std::string_view format;

@@ -35,9 +35,9 @@ std::vector<Write> check_writes(const char* op, const std::vector<SideArguments>
     check_capacity(op, position.known(), s.x.size(2), s.packed.codes.size(2), ring);
     checked.push_back(
         check_side(op, s.prefix, s.x, s.format, s.group_size, s.encoder, s.signs, s.mean));
-    written.emplace_back("codes", s.packed.codes);
-    written.emplace_back("scales", s.packed.scales);
-    written.emplace_back("biases", s.packed.biases);
+    written.emplace_back(s.names[0], s.packed.codes);
+    written.emplace_back(s.names[1], s.packed.scales);
+    written.emplace_back(s.names[2], s.packed.biases);
     read.emplace_back(s.name, s.x);
   }
   check_no_overlap(op, written, read);
