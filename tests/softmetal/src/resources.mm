@@ -107,6 +107,11 @@ ConstantValue constant_value(const void* value, MTLDataType type) {
   return {type, std::string(static_cast<const char*>(value), type_info(type).size)};
 }
 
+std::string without_spaces(std::string text) {
+  std::erase(text, ' ');
+  return text;
+}
+
 /// Resolves names to indices; returns an error message, or an empty string.
 std::string resolve(const softmetal::KernelLibrary& library, const ConstantValues& values,
                     softmetal::ConstantTable& table) {
@@ -115,8 +120,9 @@ std::string resolve(const softmetal::KernelLibrary& library, const ConstantValue
     // Metal ignores such a value; nobody means to set one, though.
     if (!declared) return "no function constant " + name + " in this library";
     const std::string given = type_info(value.type).msl;
-    if (given != declared->type) {
-      return "function constant " + name + " is a " + declared->type + ", got a " + given;
+    const std::string wanted = without_spaces(declared->type);
+    if (given != wanted) {
+      return "function constant " + name + " is a " + wanted + ", got a " + given;
     }
     table[declared->index] = value.bytes;
     return "";
