@@ -53,11 +53,12 @@ inline KvqSpan kvq_query_span(constant KvqAttentionParams& p, KvqSpan row, long 
 
 /// The tokens that a threadgroup works on, counted from `first`.
 struct KvqTokens {
-  long first;  ///< position of token 0
-  uint count;  ///< tokens that any of its queries sees
-  uint begin;  ///< first token of this split
-  uint end;    ///< one past its last
-  uint slot;   ///< slot of token 0
+  long first;     ///< position of token 0
+  uint count;     ///< tokens that any of its queries sees
+  uint begin;     ///< first token of this split
+  uint end;       ///< one past its last
+  uint slot;      ///< slot of token 0
+  uint capacity;  ///< slots of the cache
 };
 
 /// first_query and last_query are the outermost of the threadgroup's queries.
@@ -73,21 +74,32 @@ inline KvqTokens kvq_tokens(constant KvqAttentionParams& p, KvqSpan row, long le
   const uint each = (steps + p.splits - 1) / p.splits;
   t.begin = min(split * each * step, t.count);
   t.end = min(t.begin + each * step, t.count);
+  t.capacity = p.capacity;
   t.slot = p.ring != 0 && p.capacity > 0 ? uint(first % long(p.capacity)) : uint(first);
   return t;
 }
 
-inline ulong kvq_slot(constant KvqAttentionParams& p, thread const KvqTokens& tokens, uint token) {
+inline uint kvq_slot(thread const KvqTokens& tokens, uint token) {
   // At most once around the ring. The sum cannot overflow: both terms are below 2^31.
   const uint slot = tokens.slot + token;
-  return ulong(slot >= p.capacity ? slot - p.capacity : slot);
+  return slot >= tokens.capacity ? slot - tokens.capacity : slot;
 }
 
-/// One head's packed rows.
+/// One head's packed rows, or one packed row.
 struct KvqRows {
   device const uchar* codes;
   device const uchar* scales;
   device const uchar* biases;
+  uint codes_token, scales_token, biases_token;
+
+  KvqRows row(uint slot) const thread {
+    return {codes + ulong(slot) * codes_token,
+            scales + ulong(slot) * scales_token,
+            biases + ulong(slot) * biases_token,
+            codes_token,
+            scales_token,
+            biases_token};
+  }
 };
 
 inline KvqRows kvq_rows(constant KvqAttentionSide& side, device const uchar* codes,
@@ -95,7 +107,30 @@ inline KvqRows kvq_rows(constant KvqAttentionSide& side, device const uchar* cod
                         uint group) {
   return {codes + long(batch) * side.codes_batch + long(group) * side.codes_head,
           scales + long(batch) * side.scales_batch + long(group) * side.scales_head,
-          biases + long(batch) * side.biases_batch + long(group) * side.biases_head};
+          biases + long(batch) * side.biases_batch + long(group) * side.biases_head,
+          side.codes_token,
+          side.scales_token,
+          side.biases_token};
+}
+
+/// (query, head) row number m of a KV head: heads are innermost, so that neighbours see the same
+/// tokens.
+struct KvqRow {
+  uint query;
+  uint head;
+};
+inline KvqRow kvq_row(constant KvqAttentionParams& p, uint group, uint m) {
+  const uint repeat = p.heads / p.groups;
+  return {m / repeat, group * repeat + m % repeat};
+}
+/// Number of the row in out and lse, [B, H, L].
+inline ulong kvq_out_row(constant KvqAttentionParams& p, uint batch, KvqRow row) {
+  return (ulong(batch) * p.heads + row.head) * p.queries + row.query;
+}
+
+/// Where the row's mask begins.
+inline long kvq_mask_row(constant KvqAttentionParams& p, uint batch, KvqRow row) {
+  return long(batch) * p.mask_batch + long(row.head) * p.mask_head + long(row.query) * p.mask_query;
 }
 
 /// A score as the softmax sees it: softcap, then mask. `seen` is cleared where the mask hides.
@@ -167,21 +202,6 @@ inline float3 kvq_end_row(float m, float l, bool has_sink, float sink) {
   if (total == 0.0f) return float3(0.0f, 0.0f, as_type<float>(0xFF800000u));
   const float share = kept / total;
   return float3(share, l * share, m + log(total));
-}
-
-/// (query, head) row number m of a KV head: heads are innermost, so that neighbours see the same
-/// tokens.
-struct KvqRow {
-  uint query;
-  uint head;
-};
-inline KvqRow kvq_row(constant KvqAttentionParams& p, uint group, uint m) {
-  const uint repeat = p.heads / p.groups;
-  return {m / repeat, group * repeat + m % repeat};
-}
-/// Number of the row in out and lse, [B, H, L].
-inline ulong kvq_out_row(constant KvqAttentionParams& p, uint batch, KvqRow row) {
-  return (ulong(batch) * p.heads + row.head) * p.queries + row.query;
 }
 
 /// Writes `rows` rows from first_row on, of which threadgroup memory holds the sums x, maxima m

@@ -51,18 +51,22 @@ struct KvqQueryTile {
   }
 };
 
-/// Adds `count` values, one per lane group member, so that member i of the group ends up with the
-/// sum of everybody's x[i].
+/// One step of kvq_transpose_sum: lanes HALF apart share 2 HALF sums out among themselves.
+template <uint HALF>
+inline void kvq_halve_sums(thread float* x, uint lane) {
+  const bool upper = (lane & HALF) != 0;
+  KVQ_UNROLL for (uint i = 0; i < HALF; ++i) {
+    const float low = x[i], high = x[i + HALF];
+    x[i] = (upper ? high : low) + simd_shuffle_xor(upper ? low : high, ushort(HALF));
+  }
+}
+
+/// Sums COUNT values over groups of COUNT lanes: lane i of a group gets everybody's x[i].
 template <uint COUNT>
 inline float kvq_transpose_sum(thread float* x, uint lane) {
-  KVQ_UNROLL for (uint half_count = COUNT / 2; half_count > 0; half_count /= 2) {
-    const bool upper = (lane & half_count) != 0;
-    KVQ_UNROLL for (uint i = 0; i < half_count; ++i) {
-      const float keep = upper ? x[i + half_count] : x[i];
-      const float give = upper ? x[i] : x[i + half_count];
-      x[i] = keep + simd_shuffle_xor(give, ushort(half_count));
-    }
-  }
+  static_assert(COUNT <= 4, "more lanes than steps");
+  if (COUNT == 4) kvq_halve_sums<2>(x, lane);
+  if (COUNT >= 2) kvq_halve_sums<1>(x, lane);
   return x[0];
 }
 
@@ -127,13 +131,13 @@ template <typename T, typename KF, typename VF, uint D, uint DV, uint R, bool AL
     row_last[thread_index] = uint(clamp(seen.last - tokens.first, 0l, long(tokens.count)));
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  if (p.k.centred != 0) {
-    for (uint r = simdgroup; r < R; r += simdgroups) {
-      float sum = 0.0f;
+  for (uint r = simdgroup; r < R; r += simdgroups) {
+    float sum = 0.0f;
+    if (p.k.centred != 0) {
       for (uint d = lane; d < D; d += 32) sum += rows[r * D + d] * k_mean[ulong(group) * D + d];
-      sum = simd_sum(sum);
-      if (lane == 0) mean_score[r] = sum;
     }
+    sum = simd_sum(sum);
+    if (lane == 0) mean_score[r] = sum;
   }
   if (p.k.rotated != 0) kvq_rotate(rows, D, R, k_signs, false, thread_index);
   // From plain rows to the order of the packed codes, in place: through registers.
@@ -166,10 +170,12 @@ template <typename T, typename KF, typename VF, uint D, uint DV, uint R, bool AL
     all_first = max(all_first, row_first[r]);
     all_last = min(all_last, row_last[r]);
   }
+  const bool shaped = p.softcap > 0.0f || p.mask_kind != KVQ_MASK_NONE;
   const long mask_origin = kvq_mask_origin(p, tokens, length);
 
   const KvqRows keys = kvq_rows(p.k, k_codes, k_scales, k_biases, batch, group);
   const KvqRows values = kvq_rows(p.v, v_codes, v_scales, v_biases, batch, group);
+  const uint magic = p.magic;
   const uint k_lane = lane % K::kLanes;
   // Lanes past the last whole row help with none: their weight is 0.
   const uint v_row = lane / V::kLanes, v_chunk = lane % V::kLanes;
@@ -188,20 +194,18 @@ template <typename T, typename KF, typename VF, uint D, uint DV, uint R, bool AL
     KVQ_UNROLL for (uint r = 0; r < R; ++r) {
       KVQ_UNROLL for (uint u = 0; u < K::kLanes; ++u) score[r][u] = 0.0f;
     }
-    ulong slot[K::kLanes];
+    uint slot[K::kLanes];
     KVQ_UNROLL for (uint u = 0; u < K::kLanes; ++u) {
-      slot[u] = kvq_slot(p, tokens, min(t + lane / K::kLanes * K::kLanes + u, tokens.end - 1));
+      slot[u] = kvq_slot(tokens, min(t + lane / K::kLanes * K::kLanes + u, tokens.end - 1));
     }
     for (uint turn = 0; turn < K::kTurns; ++turn) {
       const uint chunk = turn * K::kLanes + k_lane;
       uint words[K::kLanes][K::kWords];
       float2 scale[K::kLanes];
       KVQ_UNROLL for (uint u = 0; u < K::kLanes; ++u) {
-        device const uchar* codes = keys.codes + slot[u] * p.k.codes_token;
-        kvq_load<K::kBytes, ALIGNED>(codes + KF::template offset<K::kChunk>(chunk), words[u]);
-        scale[u] =
-            KF::template scale_bias<K::kChunk>(codes, keys.scales + slot[u] * p.k.scales_token,
-                                               keys.biases + slot[u] * p.k.biases_token, chunk);
+        const KvqRows key = keys.row(slot[u]);
+        kvq_load<K::kBytes, ALIGNED>(key.codes + KF::template offset<K::kChunk>(chunk), words[u]);
+        scale[u] = KF::template scale_bias<K::kChunk>(key.codes, key.scales, key.biases, chunk);
       }
       float dot[K::kLanes][R];
       KVQ_UNROLL for (uint u = 0; u < K::kLanes; ++u) {
@@ -210,7 +214,7 @@ template <typename T, typename KF, typename VF, uint D, uint DV, uint R, bool AL
       KVQ_UNROLL for (uint i = 0; i < K::kChunk; i += K::kUnpack) {
         float c[K::kLanes][K::kUnpack];
         KVQ_UNROLL for (uint u = 0; u < K::kLanes; ++u) {
-          KF::template unpack<K::kUnpack>(words[u], i, k_table, c[u]);
+          KF::template unpack<K::kUnpack>(words[u], i, k_table, magic, c[u]);
         }
         KVQ_UNROLL for (uint j = 0; j < Q::kVectors; ++j) {
           const float4 q = tile[chunk * Q::kStride + i / K::kUnpack * Q::kVectors + j];
@@ -231,24 +235,27 @@ template <typename T, typename KF, typename VF, uint D, uint DV, uint R, bool AL
     }
 
     // 2. Softmax: token t + lane.
-    const uint token = t + lane;
-    const bool plain = p.softcap == 0.0f && p.mask_kind == KVQ_MASK_NONE && t >= all_first &&
-                       t + 32 <= min(all_last, tokens.end);
+    const bool plain = !shaped && t >= all_first && t + 32 <= min(all_last, tokens.end);
+    float s[R];
+    uint seen = (1u << R) - 1;  // bit r: row r sees token t + lane
+    KVQ_UNROLL for (uint r = 0; r < R; ++r) {
+      s[r] = kvq_transpose_sum<K::kLanes>(score[r], lane) + mean_score[r];
+    }
+    if (!plain) {
+      const uint token = t + lane;
+      // Of a token past the end the last one's mask is read, which is there.
+      const long column = mask_origin + long(min(token, tokens.end - 1));
+      KVQ_UNROLL for (uint r = 0; r < R; ++r) {
+        bool visible = token < tokens.end && token >= row_first[r] && token < row_last[r];
+        const KvqRow row = kvq_row(p, group, min(first_row + r, all_rows - 1));
+        s[r] = kvq_finish_score(p, mask, kvq_mask_row(p, batch, row), column, s[r], visible);
+        if (!visible) seen &= ~(1u << r);
+      }
+    }
     simdgroup_barrier(mem_flags::mem_threadgroup);
     KVQ_UNROLL for (uint r = 0; r < R; ++r) {
-      float s = kvq_transpose_sum<K::kLanes>(score[r], lane);
-      if (p.k.centred != 0) s += mean_score[r];
-      bool seen = true;
-      if (!plain) {
-        seen = token < tokens.end && token >= row_first[r] && token < row_last[r];
-        const KvqRow row = kvq_row(p, group, min(first_row + r, all_rows - 1));
-        const long mask_row = long(batch) * p.mask_batch + long(row.head) * p.mask_head +
-                              long(row.query) * p.mask_query;
-        // A column past the mask's end is never read for an unseen token either.
-        s = kvq_finish_score(p, mask, mask_row, mask_origin + long(min(token, tokens.end - 1)), s,
-                             seen);
-      }
-      const float highest = max(m[r], simd_max(seen ? s : KVQ_LOWEST));
+      const bool visible = (seen >> r & 1) != 0;
+      const float highest = max(m[r], simd_max(visible ? s[r] : KVQ_LOWEST));
       if (highest > m[r]) {
         const float kept = kvq_exp(m[r] - highest);
         m[r] = highest;
@@ -256,7 +263,7 @@ template <typename T, typename KF, typename VF, uint D, uint DV, uint R, bool AL
         o_bias[r] *= kept;
         KVQ_UNROLL for (uint i = 0; i < V::kChunk; ++i) o[r][i] *= kept;
       }
-      const float weight = seen ? kvq_exp(s - m[r]) : 0.0f;
+      const float weight = visible ? kvq_exp(s[r] - m[r]) : 0.0f;
       l[r] += weight;
       w[lane * R + r] = weight;
     }
@@ -267,13 +274,12 @@ template <typename T, typename KF, typename VF, uint D, uint DV, uint R, bool AL
       uint words[V::kInFlight][V::kWords];
       float2 scale[V::kInFlight];
       KVQ_UNROLL for (uint u = 0; u < V::kInFlight; ++u) {
-        const uint row = min(j + u * V::kRows + v_row, 31u);
-        const ulong slot = kvq_slot(p, tokens, min(t + row, tokens.end - 1));
-        device const uchar* codes = values.codes + slot * p.v.codes_token;
-        kvq_load<V::kBytes, ALIGNED>(codes + VF::template offset<V::kChunk>(v_chunk), words[u]);
+        const uint at = min(j + u * V::kRows + v_row, 31u);
+        const KvqRows value = values.row(kvq_slot(tokens, min(t + at, tokens.end - 1)));
+        kvq_load<V::kBytes, ALIGNED>(value.codes + VF::template offset<V::kChunk>(v_chunk),
+                                     words[u]);
         scale[u] =
-            VF::template scale_bias<V::kChunk>(codes, values.scales + slot * p.v.scales_token,
-                                               values.biases + slot * p.v.biases_token, v_chunk);
+            VF::template scale_bias<V::kChunk>(value.codes, value.scales, value.biases, v_chunk);
       }
       KVQ_UNROLL for (uint u = 0; u < V::kInFlight; ++u) {
         const uint row = j + u * V::kRows + v_row;
@@ -288,7 +294,7 @@ template <typename T, typename KF, typename VF, uint D, uint DV, uint R, bool AL
         }
         KVQ_UNROLL for (uint i = 0; i < V::kChunk; i += V::kUnpack) {
           float c[V::kUnpack];
-          VF::template unpack<V::kUnpack>(words[u], i, v_table, c);
+          VF::template unpack<V::kUnpack>(words[u], i, v_table, magic, c);
           KVQ_UNROLL for (uint e = 0; e < V::kUnpack; ++e) {
             KVQ_UNROLL for (uint r = 0; r < R; ++r) {
               o[r][i + e] = fma(scaled[r], c[e], o[r][i + e]);

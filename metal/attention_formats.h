@@ -17,8 +17,7 @@ using namespace metal;
 #define KVQ_CONST static constant constexpr const
 #define KVQ_UNROLL _Pragma("clang loop unroll(full)")
 
-/// 2^23: the float whose last mantissa bit is worth 1, so that OR-ing an integer in adds it.
-#define KVQ_MAGIC_BITS 0x4B000000u
+/// 2^23, the float whose last mantissa bit is worth 1: OR-ing an integer into its bits adds it.
 #define KVQ_MAGIC 8388608u
 
 /// Copies BYTES bytes into words with the widest loads that their alignment allows.
@@ -66,11 +65,12 @@ struct KvqInPlace {
     return BITS == 8 ? 16 * (e % 4 / 2) : BITS == 4 ? (e < 5 ? 0 : 20) : 0;
   }
   static inline float factor(uint e) { return as_type<float>((127u - place(e % 8)) << 23); }
-  static inline void unpack(thread const uint* words, uint i, uint flip, thread float* c) {
+  static inline void unpack(thread const uint* words, uint i, uint flip, uint magic,
+                            thread float* c) {
     KVQ_UNROLL for (uint e = 0; e < 8; ++e) {
       const uint word = (words[(i + e) * BITS / 32] ^ flip) >> (BITS == 2 ? 2 * (i % 16) : 0);
       const uint mask = ((1u << BITS) - 1) << place(e);
-      c[e] = as_type<float>(((word >> shift(e)) & mask) | KVQ_MAGIC_BITS) -
+      c[e] = as_type<float>(((word >> shift(e)) & mask) | magic) -
              float(KVQ_MAGIC + (1u << (BITS - 1 + place(e))));
     }
   }
@@ -109,9 +109,9 @@ struct KvqAffine : KvqPlain {
   }
   static inline float factor(uint i) { return KvqInPlace<BITS>::factor(i); }
   template <uint E>
-  static inline void unpack(thread const uint* words, uint i, threadgroup const float*,
+  static inline void unpack(thread const uint* words, uint i, threadgroup const float*, uint magic,
                             thread float* c) {
-    KvqInPlace<BITS>::unpack(words, i, 0u, c);
+    KvqInPlace<BITS>::unpack(words, i, 0u, magic, c);
   }
 };
 
@@ -139,10 +139,10 @@ struct KvqGguf : KvqPlain {
   }
   static inline float factor(uint i) { return KvqInPlace<BITS>::factor(i); }
   template <uint E>
-  static inline void unpack(thread const uint* words, uint i, threadgroup const float*,
+  static inline void unpack(thread const uint* words, uint i, threadgroup const float*, uint magic,
                             thread float* c) {
     // q8_0's bytes are signed: flipping the top bit makes them excess-128.
-    KvqInPlace<BITS>::unpack(words, i, BITS == 8 ? 0x80808080u : 0u, c);
+    KvqInPlace<BITS>::unpack(words, i, BITS == 8 ? 0x80808080u : 0u, magic, c);
   }
 };
 
@@ -162,7 +162,7 @@ struct KvqFp8 : KvqPlain {
     return float2(EXPONENT == 4 ? 256.0f * scale : scale, 0.0f);
   }
   template <uint E>
-  static inline void unpack(thread const uint* words, uint i, threadgroup const float*,
+  static inline void unpack(thread const uint* words, uint i, threadgroup const float*, uint,
                             thread float* c) {
     KVQ_UNROLL for (uint k = 0; k < 2; ++k) {
       const uint w = words[i / 4 + k];
@@ -212,7 +212,7 @@ struct KvqTurbo : KvqPlain {
     return float2(float(reinterpret_cast<device const S*>(scales)[0]), 0.0f);
   }
   template <uint E>
-  static inline void unpack(thread const uint* words, uint i, threadgroup const float* table,
+  static inline void unpack(thread const uint* words, uint i, threadgroup const float* table, uint,
                             thread float* c) {
     KVQ_UNROLL for (uint e = 0; e < 8; ++e) {
       const uint bit = (i + e) * BITS;
@@ -238,7 +238,7 @@ struct KvqDense : KvqPlain {
     return float2(1.0f, 0.0f);
   }
   template <uint E>
-  static inline void unpack(thread const uint* words, uint i, threadgroup const float*,
+  static inline void unpack(thread const uint* words, uint i, threadgroup const float*, uint,
                             thread float* c) {
     KVQ_UNROLL for (uint e = 0; e < E; ++e) { c[e] = value(words, i + e, S(0)); }
   }
@@ -260,12 +260,16 @@ constexpr uint kvq_most(uint a, uint b) { return a < b ? b : a; }
 
 /// Largest power of two that divides x, at most limit (a power of two).
 constexpr uint kvq_power(uint x, uint limit) {
-  return limit == 1 || x % limit == 0 ? limit : kvq_power(x, limit / 2);
+  uint power = limit;
+  while (x % power != 0) power /= 2;
+  return power;
 }
 
 /// Smallest multiple of step that divides d into at most 32 chunks.
 constexpr uint kvq_wide_chunk(uint d, uint step) {
-  return d % step == 0 && d / step <= 32 ? step : kvq_wide_chunk(d, step + (step < 8 ? 1 : 8));
+  uint chunk = step;
+  while (d % chunk != 0 || d / chunk > 32) chunk += step;
+  return chunk;
 }
 
 /// Elements a lane takes when one simdgroup must cover a row of d: about `wanted`.

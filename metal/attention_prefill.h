@@ -25,9 +25,8 @@ inline half kvq_narrow<half>(float x) {
 
 /// Dequantises tokens [t, t + TOKENS) of one head to tile[TOKENS][STRIDE]; zeros past the end.
 template <typename T, typename F, uint DIM, uint TOKENS, uint STRIDE, bool ALIGNED>
-inline void kvq_fill_tile(constant KvqAttentionParams& p, constant KvqAttentionSide& side,
-                          KvqRows from, thread const KvqTokens& tokens, uint t, threadgroup T* tile,
-                          threadgroup const float* table, uint thread_index) {
+inline void kvq_fill_tile(KvqRows from, uint magic, thread const KvqTokens& tokens, uint t,
+                          threadgroup T* tile, threadgroup const float* table, uint thread_index) {
   constexpr uint chunk_size = kvq_power(DIM, kvq_least(F::kMaxChunk, 16));
   constexpr uint chunks = DIM / chunk_size;
   constexpr uint bytes = chunk_size * F::kBits / 8;
@@ -41,16 +40,14 @@ inline void kvq_fill_tile(constant KvqAttentionParams& p, constant KvqAttentionS
       }
       continue;
     }
-    const ulong slot = kvq_slot(p, tokens, t + token);
-    device const uchar* codes = from.codes + slot * side.codes_token;
+    const KvqRows packed = from.row(kvq_slot(tokens, t + token));
     uint words[(bytes + 3) / 4];
-    kvq_load<bytes, ALIGNED>(codes + F::template offset<chunk_size>(chunk), words);
+    kvq_load<bytes, ALIGNED>(packed.codes + F::template offset<chunk_size>(chunk), words);
     const float2 scale =
-        F::template scale_bias<chunk_size>(codes, from.scales + slot * side.scales_token,
-                                           from.biases + slot * side.biases_token, chunk);
+        F::template scale_bias<chunk_size>(packed.codes, packed.scales, packed.biases, chunk);
     KVQ_UNROLL for (uint e = 0; e < chunk_size; e += unpack) {
       float c[unpack];
-      F::template unpack<unpack>(words, e, table, c);
+      F::template unpack<unpack>(words, e, table, magic, c);
       KVQ_UNROLL for (uint j = 0; j < unpack; ++j) {
         const float x = fma(scale.x * F::factor(e + j), c[j], scale.y);
         row[F::template element<chunk_size>(chunk, e + j)] = kvq_narrow<T>(x);
@@ -147,7 +144,7 @@ template <typename T, typename KF, typename VF, uint D, uint DV, bool ALIGNED>
   float m = KVQ_LOWEST, l = 0.0f;
 
   for (uint t = tokens.begin; t < tokens.end; t += block) {
-    kvq_fill_tile<T, KF, D, block, stride, ALIGNED>(p, p.k, keys, tokens, t, tile, k_table,
+    kvq_fill_tile<T, KF, D, block, stride, ALIGNED>(keys, p.magic, tokens, t, tile, k_table,
                                                     thread_index);
     threadgroup_barrier(mem_flags::mem_threadgroup);
     const bool active = t < any_last && t + block > any_first;
@@ -205,7 +202,7 @@ template <typename T, typename KF, typename VF, uint D, uint DV, bool ALIGNED>
       }
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    kvq_fill_tile<T, VF, DV, block, stride, ALIGNED>(p, p.v, values, tokens, t, tile, v_table,
+    kvq_fill_tile<T, VF, DV, block, stride, ALIGNED>(values, p.magic, tokens, t, tile, v_table,
                                                      thread_index);
     threadgroup_barrier(mem_flags::mem_threadgroup);
     if (active) {

@@ -162,6 +162,7 @@ std::tuple<at::Tensor, at::Tensor> run(const AttentionCall& call, const Bound& l
   p.causal = call.causal;
   p.ring = call.ring;
   p.has_sinks = sinks.defined();
+  p.magic = KVQ_MAGIC_BITS;
   p.scale = static_cast<float>(call.scale.value_or(1.0 / std::sqrt(double(q.size(3)))));
   p.softcap = static_cast<float>(call.softcap);
   set_mask(p, call);

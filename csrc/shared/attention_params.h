@@ -27,6 +27,9 @@ enum KvqMaskKind {
 /// (query, head) rows that one threadgroup of the prefill kernel serves.
 #define KVQ_PREFILL_ROWS 32
 
+/// The bits of 2^23 as a float (metal/attention_formats.h unpacks with it).
+#define KVQ_MAGIC_BITS 0x4B000000u
+
 struct KvqAttentionBound {
   int64_t value;    ///< the bound, where kind is KVQ_BOUND_VALUE
   uint32_t kind;    ///< KvqBoundKind
@@ -74,6 +77,8 @@ struct KvqAttentionParams {
   uint32_t ring;                       ///< 1: slot = token modulo capacity
   uint32_t mask_kind;                  ///< KvqMaskKind
   uint32_t has_sinks;                  ///< 1: sinks are bound
+  uint32_t magic;                      ///< KVQ_MAGIC_BITS: read from memory, it stays in a register
+  uint32_t unused;                     ///< keeps the size a multiple of 8
   float scale;                         ///< multiplies query times key
   float softcap;                       ///< softcap * tanh(score / softcap); 0: none
 };
@@ -81,6 +86,6 @@ struct KvqAttentionParams {
 #ifndef __METAL_VERSION__
 static_assert(sizeof(KvqAttentionBound) == 16, "layout shared with Metal");
 static_assert(sizeof(KvqAttentionSide) == 72, "layout shared with Metal");
-static_assert(sizeof(KvqAttentionParams) == 2 * 72 + 3 * 16 + 9 * 8 + 12 * 4,
+static_assert(sizeof(KvqAttentionParams) == 2 * 72 + 3 * 16 + 9 * 8 + 14 * 4,
               "layout shared with Metal");
 #endif
