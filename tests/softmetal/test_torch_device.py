@@ -192,6 +192,15 @@ def test_torch_mps_module() -> None:
     assert start.elapsed_time(end) >= 0 and end.query()
 
 
+def test_torch_event() -> None:
+    start, end = (torch.Event(device="mps", enable_timing=True) for _ in range(2))
+    start.record()
+    torch.ones(3, device="mps").mul_(2)
+    end.record()
+    end.synchronize()
+    assert end.query() and start.elapsed_time(end) >= 0
+
+
 def test_memory_limit() -> None:
     torch.mps.set_per_process_memory_fraction(1e-6)
     try:

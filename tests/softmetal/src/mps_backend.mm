@@ -149,27 +149,6 @@ namespace {
 
 REGISTER_ALLOCATOR(c10::DeviceType::MPS, &mps_allocator)
 
-struct Guard final : c10::impl::DeviceGuardImplInterface {
-  c10::DeviceType type() const override { return c10::kMPS; }
-  c10::Device exchangeDevice(c10::Device) const override { return {c10::kMPS, 0}; }
-  c10::Device getDevice() const override { return {c10::kMPS, 0}; }
-  void setDevice(c10::Device) const override {}
-  void uncheckedSetDevice(c10::Device) const noexcept override {}
-  c10::Stream getStream(c10::Device) const override { return stream(); }
-  c10::Stream getDefaultStream(c10::Device) const override { return stream(); }
-  c10::Stream exchangeStream(c10::Stream) const override { return stream(); }
-  c10::DeviceIndex deviceCount() const noexcept override { return 1; }
-  void synchronizeStream(const c10::Stream&) const override { Stream::instance().synchronize(); }
-  void synchronizeDevice(c10::DeviceIndex) const override { Stream::instance().synchronize(); }
-
- private:
-  static c10::Stream stream() {
-    return c10::Stream(c10::Stream::DEFAULT, c10::Device(c10::kMPS, 0));
-  }
-};
-
-C10_REGISTER_GUARD_IMPL(MPS, Guard)
-
 /// Recording waits for the device, so every recorded event has happened.
 class Events {
  public:
@@ -204,6 +183,46 @@ Events& events() {
   static auto* events = new Events;
   return *events;
 }
+
+struct Guard final : c10::impl::DeviceGuardImplInterface {
+  c10::DeviceType type() const override { return c10::kMPS; }
+  c10::Device exchangeDevice(c10::Device) const override { return {c10::kMPS, 0}; }
+  c10::Device getDevice() const override { return {c10::kMPS, 0}; }
+  void setDevice(c10::Device) const override {}
+  void uncheckedSetDevice(c10::Device) const noexcept override {}
+  c10::Stream getStream(c10::Device) const override { return stream(); }
+  c10::Stream getDefaultStream(c10::Device) const override { return stream(); }
+  c10::Stream exchangeStream(c10::Stream) const override { return stream(); }
+  c10::DeviceIndex deviceCount() const noexcept override { return 1; }
+  void synchronizeStream(const c10::Stream&) const override { Stream::instance().synchronize(); }
+  void synchronizeDevice(c10::DeviceIndex) const override { Stream::instance().synchronize(); }
+
+  // torch.Event: the handle is an id of Events.
+  void record(void** event, const c10::Stream&, c10::DeviceIndex, c10::EventFlag) const override {
+    if (!*event) *event = handle(events().acquire());
+    events().record(id_of(*event));
+  }
+  void destroyEvent(void* event, c10::DeviceIndex) const noexcept override {
+    if (event) events().release(id_of(event));
+  }
+  void block(void*, const c10::Stream&) const override {}
+  bool queryEvent(void*) const override { return true; }
+  void synchronizeEvent(void*) const override {}
+  double elapsedTime(void* start, void* end, c10::DeviceIndex) const override {
+    return events().milliseconds(id_of(start), id_of(end));
+  }
+
+ private:
+  static void* handle(uint32_t id) { return reinterpret_cast<void*>(uintptr_t{id}); }
+  static uint32_t id_of(void* event) {
+    return static_cast<uint32_t>(reinterpret_cast<uintptr_t>(event));
+  }
+  static c10::Stream stream() {
+    return c10::Stream(c10::Stream::DEFAULT, c10::Device(c10::kMPS, 0));
+  }
+};
+
+C10_REGISTER_GUARD_IMPL(MPS, Guard)
 
 /// The registry finds the hooks by this very class name.
 struct MPSHooks final : at::MPSHooksInterface {
