@@ -2,7 +2,7 @@
 
 import torch as _torch  # noqa: F401  (its libraries must be loaded before ours)
 
-from torch_kvq import _C as _C  # registers torch.ops.kvq
+import torch_kvq._C  # noqa: F401  (registers torch.ops.kvq)
 from torch_kvq import fake as _fake  # noqa: F401
 from torch_kvq import ops
 from torch_kvq.cache import QuantizedKVCache

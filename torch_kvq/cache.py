@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,28 +13,9 @@ from torch_kvq import ops
 from torch_kvq.codebooks import SIGNS_SEED, hadamard_signs
 from torch_kvq.formats import FLOAT_DTYPES, SCALE_DTYPES, KVFormat, default_scale_dtype
 from torch_kvq.ops import Format, Packed
+from torch_kvq.storage import KVView, after_slots, grow, write_first
 
 _NONE = KVFormat("none")
-
-
-@dataclass
-class KVView:
-    """What :meth:`QuantizedKVCache.append` returns: the keys and values its queries attend to.
-
-    A view reads the cache's own storage and is good until the next change of the cache.
-    """
-
-    keys: Packed
-    values: Packed
-    #: tokens held, the newest included: int, or int64 [B]
-    length: int | torch.Tensor
-    #: newest tokens appended by this call, L
-    tokens: int
-    ring: bool = False
-    #: the tokens as they came in, unquantised: a prefill into an empty cache
-    fresh: bool = False
-    #: first valid position, int64 [B]
-    start: torch.Tensor | None = None
 
 
 @dataclass
@@ -75,6 +57,22 @@ class QuantizedKVCache(nn.Module):
     Quantisation is per token, so ``crop`` is exact: append, crop, append leaves the bytes and
     outputs of never having appended.
     """
+
+    k_codes: torch.Tensor
+    k_scales: torch.Tensor
+    k_biases: torch.Tensor
+    v_codes: torch.Tensor
+    v_scales: torch.Tensor
+    v_biases: torch.Tensor
+    k_signs: torch.Tensor | None
+    v_signs: torch.Tensor | None
+    k_mean: torch.Tensor | None
+    v_mean: torch.Tensor | None
+    k_sink: torch.Tensor
+    v_sink: torch.Tensor
+    k_recent: torch.Tensor
+    v_recent: torch.Tensor
+    lengths: torch.Tensor
 
     def __init__(
         self,
@@ -136,7 +134,7 @@ class QuantizedKVCache(nn.Module):
         if self.ring:
             self.limit = window + rollback_tokens
         first = (self.limit or 0) if self.static else 0
-        make = dict(dtype=dtype, scale_dtype=scale_dtype, device=device)
+        make: dict[str, Any] = dict(dtype=dtype, scale_dtype=scale_dtype, device=device)
         self._register("k", self.k_format.empty(batch_size, kv_heads, first, head_dim, **make))
         self._register(
             "v", self.v_format.empty(batch_size, kv_heads, first, self.value_dim, **make)
@@ -325,23 +323,14 @@ class QuantizedKVCache(nn.Module):
         tokens, kept = key.shape[2], self.window - 1
         start = None
         if self.static:
-            past = self.lengths
-            start = (kept - past).clamp_min(0)
-            slots = (past[:, None] - kept + torch.arange(kept, device=self.device)) % self.capacity
+            start = (kept - self.lengths).clamp_min(0)
+            first = self.lengths[:, None] - kept
+            slots = (first + torch.arange(kept, device=self.device)) % self.capacity
         else:
-            past = self._host.value or 0
+            past = self.length
             kept = min(kept, past)
             slots = torch.arange(past - kept, past, device=self.device) % self.capacity
             slots = slots.expand(self.batch_size, kept)
-
-        def gather(cached: Packed, new: Packed) -> Packed:
-            index = slots[:, None, :, None]
-            return Packed(
-                *(
-                    torch.cat([c.gather(2, index.expand(-1, c.shape[1], -1, c.shape[3])), n], 2)
-                    for c, n in zip(cached, new, strict=True)
-                )
-            )
 
         new_keys, new_values = (
             ops.quantize(
@@ -353,8 +342,8 @@ class QuantizedKVCache(nn.Module):
             )
         )
         return KVView(
-            gather(self.keys, new_keys),
-            gather(self.values, new_values),
+            after_slots(self.keys, slots, new_keys),
+            after_slots(self.values, slots, new_values),
             kept + tokens,
             tokens,
             start=start,
@@ -375,10 +364,8 @@ class QuantizedKVCache(nn.Module):
             capacity = min(capacity, self.limit)
         for side in ("k", "v"):
             for name in Packed._fields:
-                old = getattr(self, f"{side}_{name}")
-                new = old.new_zeros(*old.shape[:2], capacity, old.shape[3])
-                new[:, :, : old.shape[2]] = old
-                setattr(self, f"{side}_{name}", new)
+                grown = grow(getattr(self, f"{side}_{name}"), capacity)
+                setattr(self, f"{side}_{name}", grown)
 
     def _advance(self, tokens: int, lengths: torch.Tensor | None) -> None:
         if self.static:
@@ -406,15 +393,7 @@ class QuantizedKVCache(nn.Module):
         """Keep the first and the last tokens in full precision too."""
         for side, x in (("k", key), ("v", value)):
             if self.sink_tokens:
-                sink = getattr(self, f"{side}_sink")
-                first = past if isinstance(past, torch.Tensor) else torch.tensor([past])
-                first = first.to(x.device).expand(self.batch_size)
-                source = torch.arange(self.sink_tokens, device=x.device) - first[:, None]
-                inside = (source >= 0) & (source < x.shape[2])
-                index = source.clamp(0, max(x.shape[2] - 1, 0))[:, None, :, None]
-                if x.shape[2]:
-                    chosen = x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3]))
-                    sink.copy_(torch.where(inside[:, None, :, None], chosen.to(sink.dtype), sink))
+                write_first(getattr(self, f"{side}_sink"), x, past)
             if self.recent_tokens:
                 recent = getattr(self, f"{side}_recent")
                 empty = recent.new_empty(*recent.shape[:3], 0)
@@ -449,7 +428,7 @@ class QuantizedKVCache(nn.Module):
             [B, H, L, Dv] in query's dtype; with ``return_lse`` also lse [B, H, L].
         """
         view = view or self.view(query.shape[2])
-        common = {
+        common: dict[str, Any] = {
             "mask": mask,
             "scale": scale,
             "softcap": softcap,
@@ -473,7 +452,7 @@ class QuantizedKVCache(nn.Module):
         return out if return_lse else out[0]
 
     def _attend_packed(
-        self, query: torch.Tensor, view: KVView, **options: object
+        self, query: torch.Tensor, view: KVView, **options: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return ops.attention(
             query,
@@ -487,7 +466,7 @@ class QuantizedKVCache(nn.Module):
             k_mean=self.k_mean,
             v_mean=self.v_mean,
             ring=view.ring,
-            **options,  # type: ignore[arg-type]
+            **options,
         )
 
     def _attend_windows(
@@ -507,16 +486,18 @@ class QuantizedKVCache(nn.Module):
                 exact, view, sinks=sinks, kv_start=packed_start, kv_end=recent_start, **common
             )
         ]
-        for name, bounds in (
-            ("sink", {"kv_end": sink_end}),
-            ("recent", {"kv_start": recent_start, "ring": True}),
-        ):
+        windows: dict[str, dict[str, Any]] = {
+            "sink": {"kv_end": sink_end},
+            "recent": {"kv_start": recent_start, "ring": True},
+        }
+        for name, bounds in windows.items():
             keys, values = getattr(self, f"k_{name}"), getattr(self, f"v_{name}")
             if keys.shape[2] == 0:
                 continue
             empty = keys.new_empty(*keys.shape[:3], 0)
-            dense = (Packed(keys, empty, empty), Packed(values, empty, empty))
-            parts.append(ops.attention(exact, *dense, length, _NONE, _NONE, **bounds, **common))
+            dense = Packed(keys, empty, empty), Packed(values, empty, empty)
+            options = {**bounds, **common}
+            parts.append(ops.attention(exact, *dense, length, _NONE, _NONE, **options))
         out, lse = ops.merge_attention(parts)
         return out.to(query.dtype), lse
 

@@ -36,9 +36,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from torch_kvq import ops
-from torch_kvq.cache import KVView, QuantizedKVCache
+from torch_kvq.cache import QuantizedKVCache
 from torch_kvq.formats import GROUP_SIZES, KVFormat
 from torch_kvq.ops import Format, Packed
+from torch_kvq.storage import KVView
 
 NAME = "kvq"
 #: Good answers at 6.5 bits; models with a large key bias break with 4-bit keys.
@@ -181,8 +182,8 @@ def mask_function(
         batch_size=batch_size,
         q_length=q_length,
         kv_length=kv_length,
-        q_offset=q_offset,
-        kv_offset=kv_offset,
+        q_offset=q_offset,  # type: ignore[arg-type]
+        kv_offset=kv_offset,  # type: ignore[arg-type]
         mask_function=mask_function,
         attention_mask=attention_mask,
         local_size=local_size,
@@ -258,9 +259,9 @@ class KVQLayer(CacheLayerMixin):
                 torch._dynamo.mark_static_address(buffer)
         self.is_initialized = True
 
-    def update(
+    def update(  # type: ignore[override]
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[KVQHandle, KVQHandle]:  # type: ignore[override]
+    ) -> tuple[KVQHandle, KVQHandle]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.cache is not None
@@ -373,7 +374,9 @@ class KVQCache(Cache):
         types, arguments = get_layer_types_and_kwargs(config)
         skipped = {layer % len(types) for layer in skip_layers}
         others = DYNAMIC_LAYER_TYPE_MAPPING if max_cache_len is None else STATIC_LAYER_TYPE_MAPPING
-        static = {} if max_cache_len is None else {"max_cache_len": max_cache_len}
+        static: dict[str, Any] = {}
+        if max_cache_len is not None:
+            static["max_cache_len"] = max_cache_len
         layers: list[Any] = []
         for index, (kind, extra) in enumerate(zip(types, arguments, strict=True)):
             if kind not in _QUANTIZED_LAYER_TYPES:
@@ -382,10 +385,10 @@ class KVQCache(Cache):
             formats = (layer_formats or {}).get(index, (k_format, v_format))
             if index in skipped:
                 formats = ("none", "none")
-            layer_options = dict(options)
+            arguments_here = {**options, **extra, **static}
             if extra.get("sliding_window"):
-                layer_options.pop("sink_tokens", None)
-            layers.append(KVQLayer(*formats, **extra, **static, **layer_options))
+                arguments_here.pop("sink_tokens", None)  # they leave the window anyway
+            layers.append(KVQLayer(formats[0], formats[1], **arguments_here))
         super().__init__(layers=layers)
 
     @property

@@ -18,7 +18,7 @@ holds (``none`` keeps them).
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -56,6 +56,12 @@ def _signs(fmt: KVFormat, given: torch.Tensor | None, like: torch.Tensor, head_d
     return default_signs(head_dim, like.device)
 
 
+def _overload(op: Any, position: torch.Tensor | int) -> Any:
+    """The overload for this position. Left to torch, an int first fails to parse as a tensor,
+    which costs more than appending a token."""
+    return op.default if isinstance(position, torch.Tensor) else op.int
+
+
 def kv_cache_update_(
     cache: torch.Tensor, src: torch.Tensor, position: torch.Tensor | int
 ) -> torch.Tensor:
@@ -71,7 +77,7 @@ def kv_cache_update_(
     Raises:
         IndexError: a position is negative or position + L exceeds S.
     """
-    _kvq.kv_cache_update_(cache, src, position)
+    _overload(_kvq.kv_cache_update_, position)(cache, src, position)
     return cache
 
 
@@ -129,7 +135,7 @@ def quantize_into_(
         ring: slots are taken modulo S; of more than S tokens only the last S are kept.
     """
     fmt = KVFormat.parse(format)
-    _kvq.quantize_into_(
+    _overload(_kvq.quantize_into_, position)(
         *packed,
         x,
         position,
@@ -162,7 +168,7 @@ def append_(
 ) -> None:
     """:func:`quantize_into_` of a step's key [B, G, L, D] and value [B, G, L, Dv] in one launch."""
     k, v = KVFormat.parse(k_format), KVFormat.parse(v_format)
-    _kvq.append_(
+    _overload(_kvq.append_, position)(
         *keys,
         *values,
         key,
@@ -292,7 +298,7 @@ def attention(
         exponentials of a row's scores (and sink). A row that sees nothing gives zeros and -inf.
     """
     k, v = KVFormat.parse(k_format), KVFormat.parse(v_format)
-    return _kvq.attention(
+    return _overload(_kvq.attention, kv_length)(
         query,
         *keys,
         *values,

@@ -1,0 +1,64 @@
+"""Moving a cache's token slots about: growing, gathering, keeping the first tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from torch_kvq.ops import Packed
+
+
+@dataclass
+class KVView:
+    """What :meth:`QuantizedKVCache.append` returns: the keys and values its queries attend to.
+
+    A view reads the cache's own storage and is good until the next change of the cache.
+    """
+
+    keys: Packed
+    values: Packed
+    #: tokens held, the newest included: int, or int64 [B]
+    length: int | torch.Tensor
+    #: newest tokens appended by this call, L
+    tokens: int
+    ring: bool = False
+    #: the tokens as they came in, unquantised: a prefill into an empty cache
+    fresh: bool = False
+    #: first valid position, int64 [B]
+    start: torch.Tensor | None = None
+
+
+def grow(buffer: torch.Tensor, capacity: int) -> torch.Tensor:
+    """A copy of buffer [B, G, S, row] with room for ``capacity`` tokens."""
+    grown = buffer.new_zeros(*buffer.shape[:2], capacity, buffer.shape[3])
+    grown[:, :, : buffer.shape[2]] = buffer
+    return grown
+
+
+def after_slots(cached: Packed, slots: torch.Tensor, new: Packed) -> Packed:
+    """The rows of ``cached`` in slots [B, N], followed by ``new``."""
+    index = slots[:, None, :, None]
+    return Packed(
+        *(
+            torch.cat([c.gather(2, index.expand(-1, c.shape[1], -1, c.shape[3])), n], dim=2)
+            for c, n in zip(cached, new, strict=True)
+        )
+    )
+
+
+def write_first(window: torch.Tensor, x: torch.Tensor, position: int | torch.Tensor) -> None:
+    """Put those of x's tokens that are among a row's first N into window [B, G, N, D].
+
+    Without reading ``position`` on the host: every slot looks up the token it would take.
+    """
+    if x.shape[2] == 0:
+        return
+    batch, count = window.shape[0], window.shape[2]
+    if not isinstance(position, torch.Tensor):
+        position = torch.full((batch,), position, device=x.device)
+    source = torch.arange(count, device=x.device) - position.expand(batch)[:, None]
+    inside = (source >= 0) & (source < x.shape[2])
+    index = source.clamp(0, x.shape[2] - 1)[:, None, :, None]
+    chosen = x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3])).to(window.dtype)
+    window.copy_(torch.where(inside[:, None, :, None], chosen, window))
