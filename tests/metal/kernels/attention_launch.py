@@ -174,8 +174,13 @@ def attention(
     mode="fast",
     seed=0,
     guard_low=False,
+    in_place=False,
+    memory=None,
 ):
-    """torch.ops.kvq.attention by one kernel of the caller's choice."""
+    """torch.ops.kvq.attention by one kernel of the caller's choice.
+
+    in_place: inputs are not copied behind guard pages. memory: takes the threadgroup memory used.
+    """
     k, v = KVFormat(k_format, k_group_size), KVFormat(v_format, v_group_size)
     batch, heads, queries, head_dim = query.shape
     groups, capacity = k_codes.shape[1:3]
@@ -218,6 +223,9 @@ def attention(
     # Inputs that are no multiple of their type's size past the end would read the placeholder.
     buffers = [placeholder if b is None else b for b in buffers]
 
+    if in_place:
+        buffers = [emulator.InPlace(b) for b in buffers]
+
     k_dtype = k_codes.dtype if k.family == "none" else k_scales.dtype
     v_dtype = v_codes.dtype if v.family == "none" else v_scales.dtype
     name, line = compose(
@@ -228,6 +236,8 @@ def attention(
     grid = (splits, -(-queries * repeat // tile), batch * groups)
     options = {"seed": seed, "guard_low": guard_low}
     library.launch(name, grid, THREADS, [*buffers, out, lse, partial, p], **options)
+    if memory is not None:
+        memory["bytes"] = library.static_threadgroup_bytes(name)
     if splits > 1:
         merge = emulator.load(template("attention_merge"), mode)
         dtype = {0: "float", 1: "half", 2: "bfloat"}[DTYPES[query.dtype]]

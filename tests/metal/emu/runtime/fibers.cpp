@@ -162,11 +162,16 @@ void complete(uint s, uint active, int self) {
   simdgroups[s].waiting &= ~active;
 }
 
-uint lanes_at(uint s, uintptr_t pc) {
+bool same_place(const ThreadState& a, const ThreadState& b) {
+  return a.pc == b.pc && a.site.line == b.site.line && a.site.column == b.site.column && a.operation == b.operation;
+}
+
+// Lanes of a simdgroup that wait where `thread` does.
+uint lanes_with(uint s, const ThreadState& thread) {
   uint mask = 0;
   for (uint lanes = simdgroups[s].waiting; lanes; lanes &= lanes - 1) {
     const uint lane = __builtin_ctz(lanes);
-    if (states[s * kLanes + lane].pc == pc) mask |= 1u << lane;
+    if (same_place(states[s * kLanes + lane], thread)) mask |= 1u << lane;
   }
   return mask;
 }
@@ -179,10 +184,12 @@ bool complete_partially() {
   for (uint s = 0; s * kLanes < group.threads; ++s) {
     const uint waiting = simdgroups[s].waiting;
     if (!waiting) continue;
-    uintptr_t pc = ~(uintptr_t)0;
-    for (uint lanes = waiting; lanes; lanes &= lanes - 1)
-      pc = std::min(pc, states[s * kLanes + __builtin_ctz(lanes)].pc);
-    complete(s, lanes_at(s, pc), -1);
+    const ThreadState* first = &states[s * kLanes + __builtin_ctz(waiting)];
+    for (uint lanes = waiting; lanes; lanes &= lanes - 1) {
+      const ThreadState& other = states[s * kLanes + __builtin_ctz(lanes)];
+      if (other.pc < first->pc) first = &other;
+    }
+    complete(s, lanes_with(s, *first), -1);
     any = true;
   }
   return any;
@@ -269,7 +276,7 @@ void finish_thread() {
   if (run->flags & EMU_LAUNCH_PARTIAL_SIMD) {
     if (simdgroup.waiting && simdgroup.waiting == simdgroup.live) {
       const uint first = __builtin_ctz(simdgroup.waiting);
-      if (lanes_at(s, states[s * kLanes + first].pc) == simdgroup.live) complete(s, simdgroup.live, -1);
+      if (lanes_with(s, states[s * kLanes + first]) == simdgroup.live) complete(s, simdgroup.live, -1);
     }
   } else if (simdgroup.waiting && simdgroup.waiting == simdgroup.live) {
     const ThreadState& other = states[s * kLanes + __builtin_ctz(simdgroup.waiting)];
@@ -342,6 +349,8 @@ const char* emu_simd_exchange(const char* name, const emu_site& site, const void
   ThreadState& state = states[t];
   const bool partial = run->flags & EMU_LAUNCH_PARTIAL_SIMD;
   state.pc = (uintptr_t)__builtin_return_address(0);
+  state.operation = name;
+  state.site = site;
   state.value = value;
   state.size = size;
   state.reduce = reduce;
@@ -359,7 +368,7 @@ const char* emu_simd_exchange(const char* name, const emu_site& site, const void
            __builtin_popcount(simdgroup.lanes & ~simdgroup.live), __builtin_popcount(simdgroup.lanes));
   }
   simdgroup.waiting |= 1u << (t % kLanes);
-  if (simdgroup.waiting == simdgroup.live && (!partial || lanes_at(s, state.pc) == simdgroup.live))
+  if (simdgroup.waiting == simdgroup.live && (!partial || lanes_with(s, state) == simdgroup.live))
     complete(s, simdgroup.live, t);
   else
     wait_here(Wait::kSimdgroup, name, site);

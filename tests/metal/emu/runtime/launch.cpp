@@ -260,8 +260,12 @@ emu_status prepare(const emu_kernel_entry& entry, void** buffers, void** threadg
 void finish(std::string* damage) {
   for (const Span& span : spans) {
     if (!span.copy) continue;
-    if (!span.read_only) memcpy((void*)span.low, span.block.data, span.block.size);
     long offset;
+    if (!span.read_only) {
+      memcpy((void*)span.low, span.block.data, span.block.size);
+    } else if (damage->empty() && memcmp((const void*)span.low, span.block.data, span.block.size) != 0) {
+      *damage = "WRITE to the read-only " + span.name;
+    }
     if (damage->empty() && guarded_damage(span.block, &offset))
       *damage = "OUT OF BOUNDS write at byte " + std::to_string(offset) + " of " + span.name + " (" +
                 std::to_string(span.block.size) + " bytes)";

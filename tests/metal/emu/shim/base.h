@@ -132,13 +132,15 @@ struct emu_threadgroup_variable {
 };
 // Runs once per operation, in the last lane to arrive: slots are 64 bytes apart, `active` has a bit per lane.
 typedef void (*emu_reduce_fn)(char* slots, uint active, void* result);
+// Calls of these must neither be merged nor moved out of the branch they are in.
+#define MSL_MEETING __attribute__((convergent, nomerge))
 extern "C" {
 extern emu_thread* emu_current;
 extern emu_dispatch emu_now;
-const char* emu_simd_exchange(const char* name, const emu_site& site, const void* value, uint size, emu_reduce_fn reduce,
-                              uint* active);
-void emu_threadgroup_barrier(uint flags, const emu_site& site);
-void emu_simdgroup_barrier(uint flags, const emu_site& site);
+MSL_MEETING const char* emu_simd_exchange(const char* name, const emu_site& site, const void* value, uint size,
+                                          emu_reduce_fn reduce, uint* active);
+MSL_MEETING void emu_threadgroup_barrier(uint flags, const emu_site& site);
+MSL_MEETING void emu_simdgroup_barrier(uint flags, const emu_site& site);
 void emu_allocate_threadgroup(emu_threadgroup_variable* variable);
 void emu_unset_constant(const char* name);
 }
