@@ -44,13 +44,20 @@ def compiler_accepts(compiler: list[str], flags: list[str]) -> bool:
 class Build(BuildExtension):
     """Compiles csrc/cpu/kernels once per instruction set, then the rest as usual."""
 
-    def build_extension(self, ext) -> None:
-        compiler = list(getattr(self.compiler, "compiler_cxx", None) or ["c++"])
+    def build_extensions(self) -> None:
+        compiler = self.cxx()
         if shutil.which(compiler[0]) is None:
             sys.exit(
                 f"torch_kvq needs a C++20 compiler and found no {compiler[0]!r}: install g++ "
                 "(apt install g++), or on macOS the command line tools (xcode-select --install)"
             )
+        super().build_extensions()
+
+    def cxx(self) -> list[str]:
+        return list(getattr(self.compiler, "compiler_cxx", None) or ["c++"])
+
+    def build_extension(self, ext) -> None:
+        compiler = self.cxx()
         sets = {"baseline": []}
         if X86:
             sets |= {
