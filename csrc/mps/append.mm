@@ -38,10 +38,10 @@ void write_both(const SideArguments& key, const SideArguments& value, const Posi
   TORCH_CHECK_VALUE(key.x.size(2) == value.x.size(2),
                     "[kvq.append_] key and value must have as many tokens, got ", key.x.size(2),
                     " and ", value.x.size(2));
+  const auto writes = check_writes("append_", {key, value}, position, ring);
   TORCH_CHECK_VALUE(key.x.size(0) == value.x.size(0),
                     "[kvq.append_] key and value must have the same batch, got ", key.x.size(0),
                     " and ", value.x.size(0));
-  const auto writes = check_writes("append_", {key, value}, position, ring);
   const Write &k = writes[0], &v = writes[1];
   if (k.dtype == v.dtype) {
     runtime::dispatch(append_launch(k, v, position, ring));
