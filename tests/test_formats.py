@@ -100,8 +100,7 @@ def test_kernels_and_fakes_know_the_same_table(
     for head_dim in SIZES:
         x = torch.zeros(1, 2, 3, head_dim, dtype=dtype)
         raw_op = torch.ops.kvq.quantize
-        with FakeTensorMode() as mode:
-            fake_x = mode.from_tensor(x.to(device))
+        fake_x = FakeTensorMode().from_tensor(x.to(device))
         try:
             fmt.check_head_dim(head_dim)
         except ValueError:

@@ -199,10 +199,11 @@ def test_writes_have_no_history(name: str, device: str) -> None:
 
 def test_fake_calls_leave_nothing_behind(device: str) -> None:
     """Default signs made among fake tensors are not kept for real ones."""
-    x = normal(1, 1, 1, 152)
+    x = normal(1, 1, 1, 152).to(device)
     with FakeTensorMode() as mode:
-        assert isinstance(ops.quantize(mode.from_tensor(x.to(device)), "tq4").codes, FakeTensor)
-    assert not isinstance(ops.quantize(x.to(device), "tq4").codes, FakeTensor)
+        fake = mode.from_tensor(x)
+        assert isinstance(ops.quantize(fake, "tq4").codes, FakeTensor)
+    assert not isinstance(ops.quantize(x, "tq4").codes, FakeTensor)
 
 
 # Compiled graphs
