@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from torch_kvq.cli.terminal import CommandError
 
-COMMANDS = ("info", "demo")
+COMMANDS = ("info", "demo", "verify")
 
 
 def build_parser() -> argparse.ArgumentParser:
