@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import platform
 import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from setuptools import setup
@@ -41,8 +45,42 @@ def compiler_accepts(compiler: list[str], flags: list[str]) -> bool:
     return subprocess.run(command, input=b"", capture_output=True).returncode == 0
 
 
+def metal_compiler() -> Callable[[str], bytes] | None:
+    """Makes a metallib of Metal source, where Apple's Metal tool chain is installed.
+
+    Without it, or with KVQ_METALLIB=0, the sources are compiled at first use.
+    """
+    metal = ["xcrun", "--sdk", "macosx", "metal"]
+    if os.environ.get("KVQ_METALLIB") == "0" or not shutil.which("xcrun"):
+        return None
+    if subprocess.run([*metal, "--version"], capture_output=True).returncode != 0:
+        return None
+
+    def compile_metal(source: str) -> bytes:
+        with tempfile.TemporaryDirectory() as folder:
+            given, made = Path(folder) / "kernels.metal", Path(folder) / "kernels.metallib"
+            given.write_text(source)
+            # As runtime.mm's compile options: the kernels' results must not depend on the way.
+            flags = ["-std=metal3.1", "-mmacosx-version-min=14.0", "-fno-fast-math"]
+            subprocess.run([*metal, *flags, str(given), "-o", str(made)], check=True)
+            return made.read_bytes()
+
+    return compile_metal
+
+
+def embed_metal(output: Path) -> None:
+    """Writes the header from which csrc/mps/runtime.mm takes its Metal libraries."""
+    spec = importlib.util.spec_from_file_location("embed", ROOT / "metal" / "embed.py")
+    embed = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(embed)
+    embed.embed(ROOT / "metal", output, compile_metal=metal_compiler())
+
+
 class Build(BuildExtension):
-    """Compiles csrc/cpu/kernels once per instruction set, then the rest as usual."""
+    """Compiles csrc/cpu/kernels once per instruction set, then the rest as usual.
+
+    On macOS it first embeds the Metal kernels in a generated header.
+    """
 
     def build_extensions(self) -> None:
         compiler = self.cxx()
@@ -75,15 +113,22 @@ class Build(BuildExtension):
                 extra_postargs=[*KERNEL_FLAGS, f"-DKVQ_ISA={name}", *flags],
             )
         ext.define_macros += [(f"KVQ_HAVE_{n.upper()}", "1") for n in sets if n != "baseline"]
+        if MACOS:
+            generated = Path(self.build_temp).resolve() / "generated"
+            embed_metal(generated / "metal_libraries.h")
+            ext.include_dirs.append(str(generated))
         super().build_extension(ext)
 
 
 def sources() -> list[str]:
     found = [*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")]
+    if MACOS:
+        found += ROOT.glob("csrc/mps/*.mm")
     return sorted(str(p.relative_to(ROOT)) for p in found)
 
 
 openmp = [] if MACOS else ["-fopenmp"]
+frameworks = ["-framework", "Metal", "-framework", "Foundation"] if MACOS else []
 setup(
     ext_modules=[
         CppExtension(
@@ -91,7 +136,7 @@ setup(
             sources(),
             include_dirs=[str(ROOT / "csrc")],
             extra_compile_args=[*CXX_FLAGS, *openmp],
-            extra_link_args=openmp,
+            extra_link_args=[*openmp, *frameworks],
         )
     ],
     cmdclass={"build_ext": Build},
