@@ -1,4 +1,4 @@
-"""The attention kernels on the emulator: formats, head sizes, dtypes, and every feature of the op."""
+"""The attention kernels on the emulator: formats, head sizes, dtypes, every feature of the op."""
 
 from __future__ import annotations
 
@@ -194,7 +194,9 @@ def features():
         return torch.tensor(values, dtype=dtype)
 
     def random(*shape):
-        return lambda g, c: torch.randn(*(c.query.shape[i] if i < 0 else i for i in shape), generator=g)
+        return lambda g, c: torch.randn(
+            *(c.query.shape[i] if i < 0 else i for i in shape), generator=g
+        )
 
     heads, queries = -3, -2  # sizes taken from the query
     return {
@@ -219,12 +221,13 @@ def features():
         "mask-bfloat": {"mask": lambda g, c: random(1, 4, queries, 190)(g, c).bfloat16()},
         "mask-all": {"mask": torch.zeros(190, dtype=torch.bool)},
         "mask-infinite": {"mask": torch.full((190,), -math.inf), "sinks": random(heads)},
-        "mask-wide": {"mask": lambda g, c: random(1, 1, queries, 300)(g, c), "tokens": length(150, 190)},
+        "mask-wide": {"mask": random(1, 1, queries, 300), "tokens": length(150, 190)},
         "means": {"k_mean": random(2, 64), "v_mean": random(2, 64)},
         "everything": {
             "k_mean": random(2, 64), "v_mean": random(2, 64), "sinks": random(heads),
             "softcap": 5.0, "window": 70, "ring": True, "tokens": length(205, 420),
-            "kv_start": length(180, 390), "mask": lambda g, c: random(2, 4, queries, 200)(g, c) > -1,
+            "kv_start": length(180, 390),
+            "mask": lambda g, c: random(2, 4, queries, 200)(g, c) > -1,
         },
     }  # fmt: skip
 
@@ -251,7 +254,7 @@ def test_features(name, kernel, splits):
 
 @pytest.mark.parametrize("kernel", ["decode", "prefill"])
 def test_a_row_masked_with_the_lowest_float_is_uniform(kernel):
-    """Not zeros: adding finfo.min to every score leaves them equal, as models with padding rely on."""
+    """Not zeros: finfo.min leaves all scores equal, which models with padding rely on."""
     case = feature_case(kernel)
     mask = torch.full((190,), torch.finfo(torch.float32).min)
     out, _ = case.run(mask=mask, kernel=kernel)
@@ -388,7 +391,9 @@ def test_offsets_beyond_2_31_bytes():
     capacity = 3 * 2**30 // 128
     large = []
     for codes, scales, biases in small.packed:
-        whole = [torch.empty(1, 1, capacity, t.shape[-1], dtype=t.dtype) for t in (codes, scales, biases)]
+        whole = [
+            torch.empty(1, 1, capacity, t.shape[-1], dtype=t.dtype) for t in (codes, scales, biases)
+        ]
         for big, t in zip(whole, (codes, scales, biases), strict=True):
             big[:, :, -64:] = t
         large.append(whole)
