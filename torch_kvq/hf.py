@@ -48,6 +48,10 @@ DEFAULT_V_FORMAT = "int4-rot"
 _QUANTIZED_LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
 
 
+class _Refused(TypeError, AttributeError):
+    """Also an AttributeError: torch.compile asks objects for attributes that they lack."""
+
+
 class KVQHandle:
     """Stands for a layer's keys or values between the cache and the attention function.
 
@@ -74,7 +78,7 @@ class KVQHandle:
         return self.cache.device
 
     def _refuse(self, *args: object, **kwargs: object) -> Any:
-        raise TypeError(
+        raise _Refused(
             "[kvq.hf] the keys and values of a KVQCache are packed and only its own attention "
             'reads them: load the model with attn_implementation="kvq", or call '
             'model.set_attn_implementation("kvq")'
