@@ -115,6 +115,8 @@ class _Casts:
         if start > 0 and source.is_(start - 1, "typename"):
             start -= 1
         before = code[start - 1] if start > 0 else None
+        if source.is_name(end + 1) and source.is_(end + 2, "(") and code[name].text in VECTORS:
+            self._direct_initialisation(start, end)
         if before is not None:
             if before.kind == "name" and before.text not in _KEYWORDS:
                 return
@@ -130,8 +132,6 @@ class _Casts:
             code[start].prefix += "msl_make<"
             code[end].suffix += ">"
             code[end + 1].text, code[close].text = "(", ")"
-        elif source.is_name(end + 1) and source.is_(end + 2, "(") and code[name].text in VECTORS:
-            self._direct_initialisation(start, end)
 
     def _is_call(self, paren: int, before: object) -> bool:
         """Whether T( starts an expression rather than a declarator such as T (&a)[4] or a function type T(T)."""

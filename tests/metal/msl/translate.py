@@ -83,7 +83,7 @@ def _function_constants(source: Source) -> list[FunctionConstant]:
             if not re.fullmatch(r"[\s\d+*()xXa-fA-FuU-]+", expression):
                 raise source.fail(i, f"function_constant({expression}): the index is not a number")
             index = int(eval(re.sub(r"(?<=\d)[uU]", "", expression), {"__builtins__": {}}))  # digits and operators only
-            kind = " ".join(w for w in words if w not in _QUALIFIERS)
+            kind = " ".join(w for w in words if w and w not in _QUALIFIERS)
             constant = FunctionConstant(code[i - 1].text, kind, index)
             found.append(constant)
             source.erase(begin, end + 2)
@@ -146,7 +146,7 @@ def _replace_constants(source: Source, names: set[str]) -> None:
     hidden: dict[str, int] = {}  # a parameter or variable of the same name hides the constant up to here
     for i, token in enumerate(code):
         if token.text.startswith(("MSL_FUNCTION_CONSTANT(", "MSL_INLINE ")):
-            declared |= names & set(re.findall(r"\w+?(?=[,(])|(?<=msl_constant_)\w+", token.text))
+            declared |= names & set(re.findall(r"\w+", token.text.replace("msl_constant_", " ")))
         if token.kind != "name":
             continue
         if token.text == "is_function_constant_defined":

@@ -171,11 +171,23 @@ MSL_INLINE constexpr V madhi(V a, V b, V c) {
 }
 template <class V>
 MSL_INLINE V addsat(V a, V b) {
-  return __builtin_elementwise_add_sat(a, b);
+  return msl_integer_map(
+      [](auto x, auto y) {
+        decltype(x) r;
+        typedef numeric_limits<decltype(x)> L;
+        return __builtin_add_overflow(x, y, &r) ? (y < 0 ? L::min() : L::max()) : r;
+      },
+      a, b);
 }
 template <class V>
 MSL_INLINE V subsat(V a, V b) {
-  return __builtin_elementwise_sub_sat(a, b);
+  return msl_integer_map(
+      [](auto x, auto y) {
+        decltype(x) r;
+        typedef numeric_limits<decltype(x)> L;
+        return __builtin_sub_overflow(x, y, &r) ? (L::is_signed && y < 0 ? L::max() : L::min()) : r;
+      },
+      a, b);
 }
 template <class V>
 MSL_INLINE constexpr V hadd(V a, V b) {
