@@ -43,6 +43,14 @@ def check_syntax(text: str, flags: list[str]) -> list[str]:
         return _Rules(tree, text, str(unit)).run()
 
 
+def _kind(type_: Any) -> Any:
+    """The kind of a type; half and bfloat have none in clang.cindex."""
+    try:
+        return type_.kind
+    except ValueError:
+        return None
+
+
 class _Rules:
     def __init__(self, tree: Any, text: str, path: str) -> None:
         self.cindex = _cindex()
@@ -98,10 +106,10 @@ class _Rules:
     def _pointer(self, cursor: Any) -> None:
         kinds = self.cindex.TypeKind
         type_ = cursor.type
-        if type_.kind not in (kinds.POINTER, kinds.LVALUEREFERENCE):
+        if _kind(type_) not in (kinds.POINTER, kinds.LVALUEREFERENCE):
             return
         pointee = type_.get_pointee()
-        if pointee.get_canonical().kind in (kinds.FUNCTIONPROTO, kinds.FUNCTIONNOPROTO):
+        if _kind(pointee.get_canonical()) in (kinds.FUNCTIONPROTO, kinds.FUNCTIONNOPROTO):
             self._object(cursor, "function pointer")
         elif self._is_plain(pointee) and not re.search(r"\b(MSL_thread|auto)\b", self._declaration(cursor)):
             self._object(cursor, "pointer or reference without an address space")
@@ -129,7 +137,7 @@ class _Rules:
         type_ = cursor.type
         if type_.spelling in ("double", "long double"):
             self._object(cursor, "double")
-        while type_.kind in (kinds.CONSTANTARRAY, kinds.INCOMPLETEARRAY):
+        while _kind(type_) in (kinds.CONSTANTARRAY, kinds.INCOMPLETEARRAY):
             type_ = type_.get_array_element_type()
         space = type_.get_address_space()
         if function is None and cursor.semantic_parent.kind in (self.kind.TRANSLATION_UNIT, self.kind.NAMESPACE):
@@ -148,13 +156,13 @@ class _Rules:
 
     def _cast(self, cursor: Any) -> None:
         kinds = self.cindex.TypeKind
-        if cursor.type.kind != kinds.POINTER:
+        if _kind(cursor.type) != kinds.POINTER:
             return
         target = cursor.type.get_pointee()
         operand = list(cursor.get_children())[-1].type
-        if operand.kind == kinds.POINTER:
+        if _kind(operand) == kinds.POINTER:
             source_space = operand.get_pointee().get_address_space()
-        elif operand.kind in (kinds.CONSTANTARRAY, kinds.INCOMPLETEARRAY):
+        elif _kind(operand) in (kinds.CONSTANTARRAY, kinds.INCOMPLETEARRAY):
             source_space = operand.get_array_element_type().get_address_space()
         else:
             source_space = target.get_address_space()
@@ -168,7 +176,7 @@ class _Rules:
     def _result(self, cursor: Any) -> None:
         kinds = self.cindex.TypeKind
         type_ = cursor.result_type
-        if type_.kind in (kinds.POINTER, kinds.LVALUEREFERENCE) and self._is_plain(type_.get_pointee()):
+        if _kind(type_) in (kinds.POINTER, kinds.LVALUEREFERENCE) and self._is_plain(type_.get_pointee()):
             if "MSL_thread" not in self._declaration(cursor):
                 self._object(cursor, "returns a pointer or reference without an address space")
 

@@ -108,7 +108,7 @@ def _derived_constants(source: Source, names: set[str]) -> set[str]:
             if not _opens_namespace(source, i):
                 i = source.closing(i)
             begin = i + 1
-        elif text == "}":
+        elif text == "}" or text.startswith("MSL_FUNCTION_CONSTANT("):
             begin = i + 1
         elif text == ";":
             head = [t.text for t in source.code[begin:i]]

@@ -87,9 +87,9 @@ typedef __bf16 bfloat;
 #define MSL_thread
 #if defined(__NVPTX__)
 #define MSL_device __attribute__((address_space(1)))
-#define MSL_constant const __attribute__((address_space(1)))
+#define MSL_constant const __attribute__((opencl_generic))  // a space of its own; loads find the global one
 #define MSL_threadgroup __attribute__((address_space(3)))
-#define MSL_OTHER_SPACES(M) M(MSL_device) M(MSL_threadgroup)
+#define MSL_OTHER_SPACES(M) M(MSL_device) M(__attribute__((opencl_generic))) M(MSL_threadgroup)
 #elif defined(MSL_STRICT)
 #define MSL_device __attribute__((address_space(1)))
 #define MSL_constant const __attribute__((address_space(2)))
