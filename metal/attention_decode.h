@@ -21,22 +21,21 @@ struct KvqKeyShape {
   KVQ_CONST uint kTurns = kChunks / kLanes;               ///< chunks of a lane
   KVQ_CONST uint kBytes = kChunk * F::kBits / 8;          ///< bytes of a chunk
   KVQ_CONST uint kWords = (kBytes + 3) / 4;               ///< words of a chunk
-  KVQ_CONST uint kUnpack = kChunk % 8 == 0 ? 8 : kChunk;  ///< elements at a time
+  KVQ_CONST uint kUnpack = kChunk % 4 == 0 ? 4 : kChunk;  ///< elements at a time
 };
 
 /// Shape of the value phase.
 template <typename F, uint DV, uint R>
 struct KvqValueShape {
-  /// R * kChunk accumulators a lane: 64 at most.
-  KVQ_CONST uint kChunk = kvq_value_chunk(DV, kvq_least(F::kMaxChunk, R <= 2   ? 32
-                                                                      : R == 4 ? 16
-                                                                               : 8));
+  KVQ_CONST uint kWanted = R <= 2 ? 32 : R == 4 ? 16 : 8;  ///< R * kWanted sums a lane: 64 at most
+  KVQ_CONST uint kChunk = kvq_value_chunk(DV, kvq_least(F::kMaxChunk, kWanted));
   KVQ_CONST uint kLanes = DV / kChunk;  ///< lanes that share a row
   KVQ_CONST uint kRows = 32 / kLanes;   ///< rows that a simdgroup reads at once
   KVQ_CONST uint kBytes = kChunk * F::kBits / 8;
   KVQ_CONST uint kWords = (kBytes + 3) / 4;
   KVQ_CONST uint kUnpack = kChunk % 8 == 0 ? 8 : kChunk;
-  KVQ_CONST uint kInFlight = R <= 2 ? 4 : 2;  ///< rows that a lane loads before it uses one
+  KVQ_CONST uint kInFlight =
+      kvq_least(4, 32 / kRows);  ///< rows that a lane loads before it uses one
 };
 
 /// Queries in threadgroup memory: per chunk [kChunk][R], padded against bank conflicts.
@@ -204,7 +203,8 @@ template <typename T, typename KF, typename VF, uint D, uint DV, uint R, bool AL
       float2 scale[K::kLanes];
       KVQ_UNROLL for (uint u = 0; u < K::kLanes; ++u) {
         const KvqRows key = keys.row(slot[u]);
-        kvq_load<K::kBytes, ALIGNED>(key.codes + KF::template offset<K::kChunk>(chunk), words[u]);
+        kvq_load<K::kBytes, kvq_alignment<KF, ALIGNED>(K::kBytes)>(
+            key.codes + KF::template offset<K::kChunk>(chunk), words[u]);
         scale[u] = KF::template scale_bias<K::kChunk>(key.codes, key.scales, key.biases, chunk);
       }
       float dot[K::kLanes][R];
@@ -276,8 +276,8 @@ template <typename T, typename KF, typename VF, uint D, uint DV, uint R, bool AL
       KVQ_UNROLL for (uint u = 0; u < V::kInFlight; ++u) {
         const uint at = min(j + u * V::kRows + v_row, 31u);
         const KvqRows value = values.row(kvq_slot(tokens, min(t + at, tokens.end - 1)));
-        kvq_load<V::kBytes, ALIGNED>(value.codes + VF::template offset<V::kChunk>(v_chunk),
-                                     words[u]);
+        kvq_load<V::kBytes, kvq_alignment<VF, ALIGNED>(V::kBytes)>(
+            value.codes + VF::template offset<V::kChunk>(v_chunk), words[u]);
         scale[u] =
             VF::template scale_bias<V::kChunk>(value.codes, value.scales, value.biases, v_chunk);
       }

@@ -1,7 +1,7 @@
 // How the attention kernels read packed rows: one struct per format family.
 //
 // A lane takes a chunk of N neighbouring elements (in storage order), as raw words, and unpacks
-// eight at a time. To save instructions a value comes out as value(i) * 2^k with k known at
+// a few at a time. To save instructions a value comes out as value(i) * 2^k with k known at
 // compile time: factor(i) undoes it, folded into the query or into the final output. Affine codes
 // are centred (code - 2^(bits-1)), so that a dot product cancels no more than one with the
 // dequantised values; scale_bias() gives the bias that goes with centred codes.
@@ -20,10 +20,11 @@ using namespace metal;
 /// 2^23, the float whose last mantissa bit is worth 1: OR-ing an integer into its bits adds it.
 #define KVQ_MAGIC 8388608u
 
-/// Copies BYTES bytes into words with the widest loads that their alignment allows.
-template <uint BYTES, bool ALIGNED>
+/// Copies BYTES bytes from an address that is a multiple of ALIGN into words, with the widest loads
+/// that this allows.
+template <uint BYTES, uint ALIGN>
 inline void kvq_load(device const uchar* from, thread uint* words) {
-  if (ALIGNED && BYTES % 16 == 0) {
+  if (ALIGN % 16 == 0) {
     KVQ_UNROLL for (uint i = 0; i < BYTES / 16; ++i) {
       const uint4 v = reinterpret_cast<device const uint4*>(from)[i];
       words[4 * i] = v.x;
@@ -31,17 +32,17 @@ inline void kvq_load(device const uchar* from, thread uint* words) {
       words[4 * i + 2] = v.z;
       words[4 * i + 3] = v.w;
     }
-  } else if (ALIGNED && BYTES % 8 == 0) {
+  } else if (ALIGN % 8 == 0) {
     KVQ_UNROLL for (uint i = 0; i < BYTES / 8; ++i) {
       const uint2 v = reinterpret_cast<device const uint2*>(from)[i];
       words[2 * i] = v.x;
       words[2 * i + 1] = v.y;
     }
-  } else if (ALIGNED && BYTES % 4 == 0) {
+  } else if (ALIGN % 4 == 0) {
     KVQ_UNROLL for (uint i = 0; i < BYTES / 4; ++i) {
       words[i] = reinterpret_cast<device const uint*>(from)[i];
     }
-  } else if (ALIGNED && BYTES % 2 == 0) {
+  } else if (ALIGN % 2 == 0) {
     KVQ_UNROLL for (uint i = 0; i < BYTES / 2; ++i) {
       const uint v = uint(reinterpret_cast<device const ushort*>(from)[i]);
       words[i / 2] = i % 2 == 0 ? v : words[i / 2] | (v << 16);
@@ -54,7 +55,7 @@ inline void kvq_load(device const uchar* from, thread uint* words) {
   }
 }
 
-/// Eight codes of BITS bits that start at bit i * BITS, centred, still scaled by 1 / factor.
+/// Codes of BITS bits, centred, still scaled by 1 / factor.
 template <uint BITS>
 struct KvqInPlace {
   /// Bit at which code e of eight stays in the float's mantissa.
@@ -65,12 +66,15 @@ struct KvqInPlace {
     return BITS == 8 ? 16 * (e % 4 / 2) : BITS == 4 ? (e < 5 ? 0 : 20) : 0;
   }
   static inline float factor(uint e) { return as_type<float>((127u - place(e % 8)) << 23); }
+  template <uint E>
   static inline void unpack(thread const uint* words, uint i, uint flip, uint magic,
                             thread float* c) {
-    KVQ_UNROLL for (uint e = 0; e < 8; ++e) {
-      const uint word = (words[(i + e) * BITS / 32] ^ flip) >> (BITS == 2 ? 2 * (i % 16) : 0);
+    KVQ_UNROLL for (uint j = 0; j < E; ++j) {
+      const uint e = (i + j) % 8;
+      const uint word =
+          (words[(i + j) * BITS / 32] ^ flip) >> (BITS == 2 ? 2 * (i / 8 % 2 * 8) : 0);
       const uint mask = ((1u << BITS) - 1) << place(e);
-      c[e] = as_type<float>(((word >> shift(e)) & mask) | magic) -
+      c[j] = as_type<float>(((word >> shift(e)) & mask) | magic) -
              float(KVQ_MAGIC + (1u << (BITS - 1 + place(e))));
     }
   }
@@ -79,6 +83,7 @@ struct KvqInPlace {
 /// What most formats have in common.
 struct KvqPlain {
   KVQ_CONST uint kMaxChunk = 32;  ///< most elements of a chunk
+  KVQ_CONST uint kAlign = 16;     ///< most that chunks are aligned to within a row
   KVQ_CONST bool kBiased = false;
   KVQ_CONST uint kTable = 0;  ///< entries of the codebook
   static inline float entry(uint) { return 0.0f; }
@@ -111,7 +116,7 @@ struct KvqAffine : KvqPlain {
   template <uint E>
   static inline void unpack(thread const uint* words, uint i, threadgroup const float*, uint magic,
                             thread float* c) {
-    KvqInPlace<BITS>::unpack(words, i, 0u, magic, c);
+    KvqInPlace<BITS>::template unpack<E>(words, i, 0u, magic, c);
   }
 };
 
@@ -120,6 +125,7 @@ template <uint BITS>
 struct KvqGguf : KvqPlain {
   KVQ_CONST uint kBits = BITS;
   KVQ_CONST uint kBlock = 2 + 4 * BITS;
+  KVQ_CONST uint kAlign = 2;
   /// q4_0's byte j holds elements j and j + 16.
   template <uint N>
   static inline uint element(uint chunk, uint i) {
@@ -142,7 +148,7 @@ struct KvqGguf : KvqPlain {
   static inline void unpack(thread const uint* words, uint i, threadgroup const float*, uint magic,
                             thread float* c) {
     // q8_0's bytes are signed: flipping the top bit makes them excess-128.
-    KvqInPlace<BITS>::unpack(words, i, BITS == 8 ? 0x80808080u : 0u, magic, c);
+    KvqInPlace<BITS>::template unpack<E>(words, i, BITS == 8 ? 0x80808080u : 0u, magic, c);
   }
 };
 
@@ -164,7 +170,7 @@ struct KvqFp8 : KvqPlain {
   template <uint E>
   static inline void unpack(thread const uint* words, uint i, threadgroup const float*, uint,
                             thread float* c) {
-    KVQ_UNROLL for (uint k = 0; k < 2; ++k) {
+    KVQ_UNROLL for (uint k = 0; k < E / 4; ++k) {
       const uint w = words[i / 4 + k];
       uint even, odd;  // bytes 0 and 2, bytes 1 and 3, each as two float16
       if (EXPONENT == 4) {
@@ -214,7 +220,7 @@ struct KvqTurbo : KvqPlain {
   template <uint E>
   static inline void unpack(thread const uint* words, uint i, threadgroup const float* table, uint,
                             thread float* c) {
-    KVQ_UNROLL for (uint e = 0; e < 8; ++e) {
+    KVQ_UNROLL for (uint e = 0; e < E; ++e) {
       const uint bit = (i + e) * BITS;
       uint code = words[bit / 32] >> (bit % 32);
       if (bit % 32 + BITS > 32) code |= words[bit / 32 + 1] << (32 - bit % 32);
@@ -263,6 +269,12 @@ constexpr uint kvq_power(uint x, uint limit) {
   uint power = limit;
   while (x % power != 0) power /= 2;
   return power;
+}
+
+/// What the address of a chunk of `bytes` bytes is a multiple of.
+template <typename F, bool ALIGNED>
+constexpr uint kvq_alignment(uint bytes) {
+  return ALIGNED ? kvq_power(bytes, F::kAlign) : 1;
 }
 
 /// Smallest multiple of step that divides d into at most 32 chunks.

@@ -42,7 +42,8 @@ inline void kvq_fill_tile(KvqRows from, uint magic, thread const KvqTokens& toke
     }
     const KvqRows packed = from.row(kvq_slot(tokens, t + token));
     uint words[(bytes + 3) / 4];
-    kvq_load<bytes, ALIGNED>(packed.codes + F::template offset<chunk_size>(chunk), words);
+    kvq_load<bytes, kvq_alignment<F, ALIGNED>(bytes)>(
+        packed.codes + F::template offset<chunk_size>(chunk), words);
     const float2 scale =
         F::template scale_bias<chunk_size>(packed.codes, packed.scales, packed.biases, chunk);
     KVQ_UNROLL for (uint e = 0; e < chunk_size; e += unpack) {
