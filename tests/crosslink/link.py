@@ -55,6 +55,7 @@ class MacBuild:
             raise Unavailable("ziglang is missing (pip install ziglang)")
         self.torch = unpacked()
         self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
         self.stubs = folder / "stubs"
         write_stubs(self.dylibs(), self.stubs)
 

@@ -12,7 +12,7 @@ from softmetal.requirement import missing
 from .link import ROOT, SOFTMETAL, LinkError, MacBuild
 from .macho import imports
 from .stubs import FOUNDATION, METAL, PYTHON
-from .wheel import Unavailable
+from .wheel import CACHE, Unavailable
 
 pytestmark = pytest.mark.crosslink
 
@@ -32,9 +32,9 @@ ALLOWED = {
 
 
 @pytest.fixture(scope="module")
-def mac(tmp_path_factory: pytest.TempPathFactory) -> MacBuild:
+def mac() -> MacBuild:
     try:
-        return MacBuild(tmp_path_factory.mktemp("crosslink"))
+        return MacBuild(CACHE / "crosslink")  # always the same path, so that zig's cache helps
     except Unavailable as reason:
         missing(str(reason))
 

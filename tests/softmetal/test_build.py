@@ -114,3 +114,14 @@ def test_header_compiles(cache: Path) -> None:
     subprocess.run(
         [build.COMPILER, "-std=c++20", "-x", "c++", "-fsyntax-only", str(source)], check=True
     )
+
+
+def test_a_missing_tool_skips_but_fails_where_all_is_required(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("KVQ_REQUIRE_ALL", raising=False)
+    with pytest.raises(pytest.skip.Exception, match="no tool"):
+        missing("no tool")
+    monkeypatch.setenv("KVQ_REQUIRE_ALL", "1")
+    with pytest.raises(pytest.fail.Exception, match="KVQ_REQUIRE_ALL=1: no tool"):
+        missing("no tool")

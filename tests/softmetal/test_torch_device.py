@@ -138,14 +138,26 @@ def test_autograd_and_modules() -> None:
 
 
 @pytest.mark.parametrize("gradient", [False, True])
-def test_scaled_dot_product_attention(gradient: bool) -> None:
-    query, key = torch.randn(1, 4, 3, 8), torch.randn(1, 2, 3, 8)
-    expected = functional.scaled_dot_product_attention(
-        query, key, key, is_causal=True, enable_gqa=True
-    )
-    x, y = query.to("mps").requires_grad_(gradient), key.to("mps")
-    found = functional.scaled_dot_product_attention(x, y, y, is_causal=True, enable_gqa=True)
-    torch.testing.assert_close(found.cpu(), expected)
+@pytest.mark.parametrize("mask", ["none", "causal", "bool", "float", "hidden row"])
+def test_scaled_dot_product_attention(mask: str, gradient: bool) -> None:
+    query, key = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 7, 8)
+    given = None
+    if mask in ("bool", "hidden row"):
+        given = torch.rand(2, 1, 5, 7) > 0.4
+        given[..., 0] = True
+        if mask == "hidden row":
+            given[0, 0, 2] = False
+    elif mask == "float":
+        given = torch.randn(5, 7)
+
+    def attend(query: torch.Tensor, key: torch.Tensor, given: torch.Tensor | None) -> torch.Tensor:
+        return functional.scaled_dot_product_attention(
+            query, key, key, given, is_causal=mask == "causal", enable_gqa=True, scale=0.3
+        )
+
+    x = query.to("mps").requires_grad_(gradient)
+    found = attend(x, key.to("mps"), None if given is None else given.to("mps"))
+    torch.testing.assert_close(found.cpu(), attend(query, key, given))
     if gradient:
         found.sum().backward()
         assert x.grad is not None and x.grad.shape == x.shape

@@ -7,8 +7,10 @@
 #include <ATen/ops/as_strided_native.h>
 #include <ATen/ops/unfold_native.h>
 #include <ATen/ops/view_native.h>
+#include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
+#include <limits>
 #include <tuple>
 
 #include "mps_stream.h"
@@ -103,7 +105,12 @@ Tensor& set_whole_storage(Tensor& self, at::Storage source) {
 Tensor attention(const Tensor& query, const Tensor& key, const Tensor& value,
                  const std::optional<Tensor>& mask, double dropout, bool causal,
                  std::optional<double> scale, bool gqa) {
-  return std::get<0>(at::_scaled_dot_product_attention_math(query, key, value, mask, dropout,
+  std::optional<Tensor> added = mask;
+  if (mask && mask->scalar_type() == at::kBool) {  // the math version only adds
+    const double hidden = -std::numeric_limits<double>::infinity();
+    added = at::zeros_like(*mask, query.options()).masked_fill_(mask->logical_not(), hidden);
+  }
+  return std::get<0>(at::_scaled_dot_product_attention_math(query, key, value, added, dropout,
                                                             causal, std::nullopt, scale, gqa));
 }
 
