@@ -61,7 +61,8 @@ clean:
 	@if [ -e .venv/stamp-editable ] && [ .venv/stamp-editable -nt pyproject.toml ] \
 	    && [ .venv/stamp-editable -nt .venv/stamp-torch ]; then \
 	  echo "building torch_kvq/_C"; \
-	  $(BIN)/python setup.py --quiet build_ext --inplace; \
+	  $(BIN)/python setup.py --quiet build_ext --inplace >.venv/build.log 2>&1 || \
+	    { cat .venv/build.log >&2; exit 1; }; \
 	else \
 	  echo "building and installing torch_kvq (a minute or two)"; \
 	  $(PIP) install --quiet --no-build-isolation -e . && touch .venv/stamp-editable; \
@@ -76,7 +77,7 @@ clean:
 # MLX is an oracle of the tests where it can be had.
 .venv/stamp-test: pyproject.toml | .venv/stamp-built
 	$(PIP) install --quiet 'torch_kvq[test]'
-	@$(PIP) install --quiet 'torch_kvq[mlx]' || echo "make: no MLX here: its comparisons are skipped"
+	@$(PIP) install --quiet 'torch_kvq[mlx]' 2>/dev/null || echo "make: no MLX here: its comparisons are skipped"
 	@touch $@
 
 # On Linux as root, the compiler that the Metal tests need; elsewhere say what is skipped.
