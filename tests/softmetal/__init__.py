@@ -29,14 +29,16 @@ from __future__ import annotations
 import atexit
 import ctypes
 import importlib
+import importlib.util
 import os
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
-from . import build, embed
+from . import build
 from .build import ROOT, BuildError, Target, Unavailable, unavailable_reason
 
 if TYPE_CHECKING:
@@ -46,6 +48,7 @@ __all__ = [
     "BuildError",
     "Unavailable",
     "configure",
+    "embed",
     "install",
     "load_host_code",
     "python_environment",
@@ -54,7 +57,18 @@ __all__ = [
     "unavailable_reason",
 ]
 
+
+def _load_embed() -> ModuleType:
+    """metal/embed.py, with which setup.py embeds the Metal sources, too."""
+    spec = importlib.util.spec_from_file_location("kvq_embed", ROOT / "metal" / "embed.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 HERE = Path(__file__).resolve().parent
+embed = _load_embed()
 TOOLCHAIN = ROOT / "tests" / "metal" / "toolchain.py"
 MODES = ("fast", "race", "asan", "fastmath")
 SETTINGS = {
