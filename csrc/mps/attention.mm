@@ -9,7 +9,7 @@
 
 #include "../attention_check.h"
 #include "../shared/attention_params.h"
-#include "attention_runtime.h"
+#include "attention_library.h"
 #include "rows.h"
 
 namespace kvq::mps {
@@ -176,31 +176,35 @@ std::tuple<at::Tensor, at::Tensor> run(const AttentionCall& call, const Bound& l
   p.splits = static_cast<uint32_t>(
       std::clamp<int64_t>(std::min(kTuning.threadgroups / tasks, tokens / kTuning.split_tokens), 1,
                           KVQ_ATTENTION_MAX_SPLITS));
-  const bool merges = p.splits > 1;
   const at::Tensor partial =
-      merges ? at::empty({lse.numel() * p.splits * (sides.v.head_dim + 2)}, lse.options())
-             : at::Tensor();
+      p.splits > 1 ? at::empty({lse.numel() * p.splits * (sides.v.head_dim + 2)}, lse.options())
+                   : at::Tensor();
 
-  std::vector<AttentionLaunch> launches;
-  launches.push_back({kernel.name(),
-                      &attention_pipeline(kernel),
-                      {query, call.k.codes, call.k.scales, call.k.biases, call.v.codes,
-                       call.v.scales, call.v.biases, length.tensor, start.tensor, end.tensor,
-                       or_none(call.mask), sinks, or_none(sides.k.signs), or_none(sides.v.signs),
-                       or_none(sides.k.mean), or_none(sides.v.mean), out, lse, partial},
-                      p,
-                      {p.splits, tiles, batch * groups},
-                      KVQ_ATTENTION_THREADS});
-  if (merges) {
-    const std::string name = std::string("kvq_attention_merge_") + metal_type(kernel.dtype);
-    launches.push_back({name,
-                        &runtime::pipeline("attention_merge", name),
-                        {partial, sinks, or_none(sides.v.signs), or_none(sides.v.mean), out, lse},
-                        p,
-                        {queries, heads, batch},
-                        KVQ_ATTENTION_THREADS});
+  const runtime::Launch launch{
+      .library = kernel.library(),
+      .kernel = kernel.name(),
+      .instantiation = kernel.instantiation(),
+      .buffers = {query, call.k.codes, call.k.scales, call.k.biases, call.v.codes, call.v.scales,
+                  call.v.biases, length.tensor, start.tensor, end.tensor, or_none(call.mask), sinks,
+                  or_none(sides.k.signs), or_none(sides.v.signs), or_none(sides.k.mean),
+                  or_none(sides.v.mean), out, lse, partial},
+      .params = p,
+      .threadgroups = {p.splits, tiles, batch * groups},
+      .threads_per_threadgroup = {KVQ_ATTENTION_THREADS},
+  };
+  if (p.splits == 1) {
+    runtime::dispatch(launch);
+    return {out, lse};
   }
-  dispatch(launches);
+  const runtime::Launch merge{
+      .library = "attention_merge",
+      .kernel = std::string("kvq_attention_merge_") + metal_type(kernel.dtype),
+      .buffers = {partial, sinks, or_none(sides.v.signs), or_none(sides.v.mean), out, lse},
+      .params = p,
+      .threadgroups = {queries, heads, batch},
+      .threads_per_threadgroup = {KVQ_ATTENTION_THREADS},
+  };
+  runtime::dispatch({launch, merge});
   return {out, lse};
 }
 

@@ -28,7 +28,7 @@ struct AttentionKernel {
   int rows;      ///< (query, head) rows a threadgroup serves; decode only
   bool aligned;  ///< rows start at addresses that wide loads need
 
-  std::string library() const { return prefill ? "attention_prefill" : "attention_decode"; }
+  const char* library() const { return prefill ? "attention_prefill" : "attention_decode"; }
   /// For instance kvq_attention_decode_half_k_int4_g64_v_int4_g64_d128_r4.
   std::string name() const;
   /// The line to append to the library's source.
@@ -74,17 +74,17 @@ inline std::string format_type(const AttentionFormat& f) {
 }
 
 inline std::string AttentionKernel::name() const {
-  std::string name = "kvq_" + library() + "_" + metal_type(dtype) + "_k_" + format_token(k) +
-                     "_v_" + format_token(v) + "_d" + std::to_string(head_dim);
+  std::string name = std::string("kvq_") + library() + "_" + metal_type(dtype) + "_k_" +
+                     format_token(k) + "_v_" + format_token(v) + "_d" + std::to_string(head_dim);
   if (value_dim != head_dim) name += "_dv" + std::to_string(value_dim);
   if (!prefill) name += "_r" + std::to_string(rows);
   return aligned ? name : name + "_unaligned";
 }
 
 inline std::string AttentionKernel::instantiation() const {
-  std::string kernel = "kvq_" + library() + "<" + metal_type(dtype) + ", " + format_type(k) + ", " +
-                       format_type(v) + ", " + std::to_string(head_dim) + ", " +
-                       std::to_string(value_dim) + ", ";
+  std::string kernel = std::string("kvq_") + library() + "<" + metal_type(dtype) + ", " +
+                       format_type(k) + ", " + format_type(v) + ", " + std::to_string(head_dim) +
+                       ", " + std::to_string(value_dim) + ", ";
   if (!prefill) kernel += std::to_string(rows) + ", ";
   kernel += aligned ? "true>" : "false>";
   return "template [[host_name(\"" + name() + "\")]] [[kernel]] decltype(" + kernel + ") " +

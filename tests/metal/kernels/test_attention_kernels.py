@@ -272,6 +272,13 @@ def test_no_races(name, kernel):
         check_close(case, launch=launch, **options)
 
 
+@pytest.mark.parametrize("fmt", SOME_FORMATS, ids=str)
+def test_no_undefined_behaviour(fmt):
+    """Misaligned loads, shifts, array bounds: what x86 lets pass and a GPU does not."""
+    case = Case(fmt, fmt, torch.float16, head_dim=smallest_dim(fmt), tokens=70)
+    check_accuracy(case, mode="asan", splits=2)
+
+
 @pytest.mark.parametrize("kernel", ["decode", "prefill"])
 @pytest.mark.parametrize("name", ["plain", "window", "sinks", "softcap", "short", "mask", "means"])
 def test_fast_math(name, kernel):
@@ -441,7 +448,7 @@ def test_every_format_dtype_and_head_size(kernel, dtype, fmt):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fmt", ALL_FORMATS, ids=str)
-@pytest.mark.parametrize("mode", ["race", "fastmath"])
+@pytest.mark.parametrize("mode", ["race", "asan", "fastmath"])
 def test_every_format_in_every_build(mode, fmt):
     for kernel, queries in (("decode", 1), ("prefill", 9)):
         case = Case(
