@@ -162,8 +162,9 @@ inline long kvq_mask_origin(constant KvqAttentionParams& p, thread const KvqToke
 }
 
 /// Block Walsh-Hadamard transform of `rows` rows of `dim` floats, orthonormal, with the signs of
-/// a rotated format before (forward) or after (inverse). All threads of the threadgroup call it;
-/// it begins and ends with a barrier.
+/// a rotated format before (forward) or after (inverse). All threads of the threadgroup call it.
+/// It begins with a barrier; after it each thread may read x[thread_index + n * threads], and the
+/// rest after another barrier.
 inline void kvq_rotate(threadgroup float* x, uint dim, uint rows, device const float* signs,
                        bool inverse, uint thread_index) {
   const uint block = dim & (0u - dim);
@@ -185,7 +186,6 @@ inline void kvq_rotate(threadgroup float* x, uint dim, uint rows, device const f
   for (uint i = thread_index; i < rows * dim; i += KVQ_ATTENTION_THREADS) {
     x[i] *= inverse ? norm * signs[i % dim] : norm;
   }
-  threadgroup_barrier(mem_flags::mem_threadgroup);
 }
 
 /// Ends a row whose softmax so far has the maximum m and the sum l: takes the sink in. Outputs
@@ -205,7 +205,8 @@ inline float3 kvq_end_row(float m, float l, bool has_sink, float sink) {
 }
 
 /// Writes `rows` rows from first_row on, of which threadgroup memory holds the sums x, maxima m
-/// and weights l: as they are for the merge pass, or finished. Begins with a barrier.
+/// and weights l: as they are for the merge pass, or finished. A barrier
+/// precedes the call.
 template <typename T, uint DV>
 inline void kvq_write_rows(constant KvqAttentionParams& p, threadgroup float* x,
                            threadgroup const float* m, threadgroup const float* l, uint rows,
@@ -214,11 +215,7 @@ inline void kvq_write_rows(constant KvqAttentionParams& p, threadgroup float* x,
                            device const float* v_mean, device T* out, device float* lse,
                            device float* partial, uint thread_index) {
   const uint all_rows = p.queries * (p.heads / p.groups);
-  if (p.splits == 1 && p.v.rotated != 0) {
-    kvq_rotate(x, DV, rows, v_signs, true, thread_index);
-  } else {
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-  }
+  if (p.splits == 1 && p.v.rotated != 0) kvq_rotate(x, DV, rows, v_signs, true, thread_index);
   for (uint i = thread_index; i < rows * DV; i += KVQ_ATTENTION_THREADS) {
     const uint r = i / DV, d = i % DV;
     if (first_row + r >= all_rows) break;

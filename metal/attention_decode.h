@@ -138,7 +138,10 @@ template <typename T, typename KF, typename VF, uint D, uint DV, uint R, bool AL
     sum = simd_sum(sum);
     if (lane == 0) mean_score[r] = sum;
   }
-  if (p.k.rotated != 0) kvq_rotate(rows, D, R, k_signs, false, thread_index);
+  if (p.k.rotated != 0) {
+    kvq_rotate(rows, D, R, k_signs, false, thread_index);
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+  }
   // From plain rows to the order of the packed codes, in place: through registers.
   constexpr uint per_thread = (R * D + KVQ_ATTENTION_THREADS - 1) / KVQ_ATTENTION_THREADS;
   float mine[per_thread];

@@ -192,8 +192,8 @@ template <typename T, typename KF, typename VF, uint D, uint DV, bool ALIGNED>
           my_scores[lane / 4 * score_stride + lane % 4] *= kept;
           my_scores[lane / 4 * score_stride + lane % 4 + 4] *= kept;
           simdgroup_barrier(mem_flags::mem_threadgroup);
+          // The next store needs no barrier: a lane stores the elements that it loads here.
           simdgroup_load(o[i], my_scores, score_stride);
-          simdgroup_barrier(mem_flags::mem_threadgroup);
         }
       }
       KVQ_UNROLL for (uint j = 0; j < block / 4; ++j) {
@@ -230,6 +230,7 @@ template <typename T, typename KF, typename VF, uint D, uint DV, bool ALIGNED>
     if (s == simdgroup) {
       KVQ_UNROLL for (uint i = 0; i < DV / 8; ++i) simdgroup_store(o[i], stage + 8 * i, DV);
     }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
     kvq_write_rows<T, DV>(p, stage, row_m + 8 * s, row_l + 8 * s, 8, first_row + 8 * s, batch,
                           group, split, sinks, v_signs, v_mean, out, lse, partial, thread_index);
     threadgroup_barrier(mem_flags::mem_threadgroup);

@@ -176,10 +176,13 @@ def attention(
     guard_low=False,
     in_place=False,
     memory=None,
+    library=None,
+    merge_library=None,
 ):
     """torch.ops.kvq.attention by one kernel of the caller's choice.
 
     in_place: inputs are not copied behind guard pages. memory: takes the threadgroup memory used.
+    library, merge_library: run these, mutants of the kernel's library and of the merge's.
     """
     k, v = KVFormat(k_format, k_group_size), KVFormat(v_format, v_group_size)
     batch, heads, queries, head_dim = query.shape
@@ -231,7 +234,7 @@ def attention(
     name, line = compose(
         prefill, query.dtype, k, k_dtype, v, v_dtype, head_dim, value_dim, rows, aligned
     )
-    library = emulator.load(source(prefill, line), mode)
+    library = library or emulator.load(source(prefill, line), mode)
     tile = PREFILL_ROWS if prefill else rows
     grid = (splits, -(-queries * repeat // tile), batch * groups)
     options = {"seed": seed, "guard_low": guard_low}
@@ -239,7 +242,7 @@ def attention(
     if memory is not None:
         memory["bytes"] = library.static_threadgroup_bytes(name)
     if splits > 1:
-        merge = emulator.load(template("attention_merge"), mode)
+        merge = merge_library or emulator.load(template("attention_merge"), mode)
         dtype = {0: "float", 1: "half", 2: "bfloat"}[DTYPES[query.dtype]]
         merge.launch(
             f"kvq_attention_merge_{dtype}",

@@ -1,0 +1,59 @@
+"""Every barrier of the attention kernels is needed, and the race build misses it when it is gone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from .. import mutate, requirements
+from .attention_launch import compose, source, template
+from .test_attention_kernels import INT4, TQ4, Case
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def _tools() -> None:
+    requirements.require(requirements.missing_for_emulator())
+
+
+def case_and_options(queries):
+    """All that the kernels hold barriers for: rotation of queries and outputs, means, several
+    blocks of tokens for every simdgroup."""
+    case = Case(
+        INT4, TQ4, torch.float16, rotate=True, heads=4, groups=2, queries=queries, head_dim=64,
+        capacity=300, tokens=290,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(2)
+    means = {f"{side}_mean": torch.randn(2, 64, generator=generator) for side in "kv"}
+    # Scores that grow from tile to tile, so that the prefill kernel rescales its output.
+    ramp = torch.arange(290).float() / 4
+    return case, {**means, "mask": ramp}
+
+
+def survivors(text, run):
+    return {mutant.place for mutant in mutate.survivors(text, run)}
+
+
+def test_barriers():
+    left = {}
+    for kernel, queries in (("decode", 2), ("prefill", 20)):
+        case, options = case_and_options(queries)
+        prefill, half = kernel == "prefill", torch.float16
+        _, line = compose(prefill, half, INT4, half, TQ4, half, 64, 64, 4)
+
+        def run(library, case=case, options=options, kernel=kernel):
+            case.run(kernel=kernel, library=library, **options)
+            case.run(kernel=kernel, library=library, k_signs=None, v_signs=None)
+
+        left[kernel] = survivors(source(prefill, line), run)
+    case, options = case_and_options(1)
+
+    def run_merge(library):
+        case.run(splits=2, mode="race", merge_library=library, **options)
+
+    left["merge"] = survivors(template("attention_merge"), run_merge)
+    own = {place for places in left.values() for place in places if "common.h" not in place}
+    assert own == set()
+    # Not every kernel has use for every barrier of what they share.
+    assert set.intersection(*left.values()) == set()
