@@ -65,11 +65,8 @@ def devices() -> dict[str, dict[str, Any]]:
         "system": f"{platform.system()} {platform.machine()}",
         "threads": torch.get_num_threads(),
         "kernels": has_kernels("cpu"),
+        "instruction_set": torch_kvq._C.cpu_isa(),
     }
-    # The instruction set of our kernels, where this build can tell.
-    instruction_set = getattr(torch_kvq._C, "cpu_isa", None)
-    if instruction_set is not None:
-        cpu["instruction_set"] = instruction_set()
     mps = {
         "built_into_torch": torch.backends.mps.is_built(),
         "available": torch.backends.mps.is_available(),
@@ -99,7 +96,6 @@ def describe(found: dict[str, Any]) -> str:
     """The same for people."""
     named = [f"{name} {version or 'not installed'}" for name, version in found["versions"].items()]
     cpu, mps = found["devices"]["cpu"], found["devices"]["mps"]
-    isa = f", {cpu['instruction_set']} kernels" if "instruction_set" in cpu else ""
     if sys.platform != "darwin" and not mps["available"]:
         metal = "no Apple GPU here"
     elif not mps["available"]:
@@ -114,7 +110,7 @@ def describe(found: dict[str, Any]) -> str:
     return "\n".join(
         [
             ", ".join(named),
-            f"CPU: {cpu['system']}, {cpu['threads']} threads{isa}",
+            f"CPU: {cpu['system']}, {cpu['threads']} threads, {cpu['instruction_set']} kernels",
             f"MPS: {metal}",
             "",
             f"Formats at head size {found['head_dim']}, bfloat16 cache "
