@@ -7,7 +7,7 @@
 #include <cmath>
 #include <limits>
 
-#include "kernels/attention.h"
+#include "attention_dense.h"
 #include "parallel.h"
 #include "rows.h"
 
@@ -158,7 +158,7 @@ void run_packed(AttentionArgs& args) {
   plan(args);
   at::Tensor partial;
   if (args.splits > 1) {
-    partial = at::empty({args.tasks() * args.block_rows * args.partial_row()}, at::kFloat);
+    partial = at::empty({args.tasks() * args.partial_size()}, at::kFloat);
     args.partial = partial.mutable_data_ptr<float>();
   }
   // Waking threads costs more than a task of a few thousand products.
@@ -218,7 +218,11 @@ std::tuple<at::Tensor, at::Tensor> run(const Call& call) {
   args.v_signs = data_or_null(v.signs);
   args.k_mean = data_or_null(k.mean);
   args.v_mean = data_or_null(v.mean);
-  run_packed(args);
+  if (dense_is_faster(args)) {
+    run_dense(args, query, call.mask);
+  } else {
+    run_packed(args);
+  }
   return {out, lse};
 }
 

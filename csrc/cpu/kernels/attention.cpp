@@ -16,6 +16,7 @@ constexpr float kInfinity = __builtin_inff();
 /// Vectors of a tile next to each other: as many as the registers hold for 4 rows.
 constexpr int kScoreVectors = kRegisters == 32 ? 4 : 2;
 constexpr int kValueVectors = kRegisters == 32 && kWidth == 4 ? 4 : 2;
+constexpr int kValueRows = kRegisters == 32 && kWidth == 16 ? 8 : 4;
 
 struct Task {
   int64_t b, g, first_row, rows, split;
@@ -36,49 +37,72 @@ Task locate(const AttentionArgs& args, int64_t index) {
   return task;
 }
 
+/// A task's result: see AttentionArgs::partial_size.
+struct Partial {
+  float* sums;
+  float* maximum;
+  float* weight;
+  int64_t rows;
+
+  Partial(const AttentionArgs& args, float* data)
+      : sums(data),
+        maximum(data + args.value_slabs() * args.block_rows * kSlab),
+        weight(maximum + args.block_rows),
+        rows(args.block_rows) {}
+  float* slab(int64_t slab, int64_t r) const { return sums + (slab * rows + r) * kSlab; }
+};
+
 /// scores[m][64] += (q[m] . columns) * scale + q_sum[m] * bias, of one slab.
 template <int Rows, bool Scale, bool Bias>
-void score_tile(const float* columns, const float* q, int64_t q_stride, const float* scale,
-                const float* bias, const float* q_sum, int64_t q_sum_stride, float* scores) {
+void score_tile(const float* columns, const float* q, const float* scale, const float* bias,
+                const float* q_sum, float* scores) {
   constexpr int kVectors = kScoreVectors;
+  // One row's sums are too few to keep the multipliers busy: take even and odd values apart.
+  constexpr int kChains = Rows == 1 ? 2 : 1;
   for (int t = 0; t < kBlockTokens; t += kVectors * kWidth) {
-    F sums[Rows][kVectors];
-    for (auto& row : sums) {
-      for (F& x : row) x = splat(0.0f);
+    F sums[kChains][Rows][kVectors];
+    for (auto& chain : sums) {
+      for (auto& row : chain) {
+        for (F& x : row) x = splat(0.0f);
+      }
     }
-    for (int d = 0; d < kSlab; ++d) {
-      F k[kVectors];
-      for (int v = 0; v < kVectors; ++v) k[v] = load(columns + d * kBlockTokens + t + v * kWidth);
-      for (int m = 0; m < Rows; ++m) {
-        const F query = splat(q[m * q_stride + d]);
-        for (int v = 0; v < kVectors; ++v) sums[m][v] = fma(k[v], query, sums[m][v]);
+    for (int d = 0; d < kSlab; d += kChains) {
+      for (int c = 0; c < kChains; ++c) {
+        F k[kVectors];
+        for (int v = 0; v < kVectors; ++v) {
+          k[v] = load(columns + (d + c) * kBlockTokens + t + v * kWidth);
+        }
+        for (int m = 0; m < Rows; ++m) {
+          const F query = splat(q[m * kSlab + d + c]);
+          for (int v = 0; v < kVectors; ++v) sums[c][m][v] = fma(k[v], query, sums[c][m][v]);
+        }
       }
     }
     for (int v = 0; v < kVectors; ++v) {
       const int at = t + v * kWidth;
       for (int m = 0; m < Rows; ++m) {
         float* s = scores + m * kBlockTokens + at;
+        F product = sums[0][m][v];
+        for (int c = 1; c < kChains; ++c) product = product + sums[c][m][v];
         F x = load(s);
-        x = Scale ? fma(sums[m][v], load(scale + at), x) : x + sums[m][v];
-        if constexpr (Bias) x = fma(load(bias + at), splat(q_sum[m * q_sum_stride]), x);
+        x = Scale ? fma(product, load(scale + at), x) : x + product;
+        if constexpr (Bias) x = fma(load(bias + at), splat(q_sum[m]), x);
         store(s, x);
       }
     }
   }
 }
 
-/// sums[m][32] += weights[m] . values + constant[m], of one slab. tokens is a multiple of 4.
+/// sums[m][32] += weights[m] . values, of one slab. tokens is a multiple of 4.
 template <int Rows>
-void value_tile(const float* values, const float* weights, int tokens, const float* constant,
-                float* sums, int64_t sums_stride) {
-  // Few rows are not enough independent sums to keep the multipliers busy: split the tokens too.
+void value_tile(const float* values, const float* weights, int tokens, float* sums) {
   constexpr int kChains = Rows == 1 ? 4 : Rows == 2 ? 2 : 1;
   constexpr int kVectors = kValueVectors;
   for (int d = 0; d < kSlab; d += kVectors * kWidth) {
     F acc[kChains][Rows][kVectors];
     for (int m = 0; m < Rows; ++m) {
       for (int v = 0; v < kVectors; ++v) {
-        acc[0][m][v] = load(sums + m * sums_stride + d + v * kWidth) + splat(constant[m]);
+        acc[0][m][v] = load(sums + m * kSlab + d + v * kWidth);
         for (int c = 1; c < kChains; ++c) acc[c][m][v] = splat(0.0f);
       }
     }
@@ -96,19 +120,29 @@ void value_tile(const float* values, const float* weights, int tokens, const flo
       for (int v = 0; v < kVectors; ++v) {
         F x = acc[0][m][v];
         for (int c = 1; c < kChains; ++c) x = x + acc[c][m][v];
-        store(sums + m * sums_stride + d + v * kWidth, x);
+        store(sums + m * kSlab + d + v * kWidth, x);
       }
     }
   }
 }
 
-/// Calls f(std::integral_constant<int, 4, 2 or 1>, first row) until every row is done.
-template <typename Function>
+/// Calls f(std::integral_constant<int, 8, 4, 2 or 1>, first row) until every row is done.
+template <int Most, typename Function>
 void for_row_tiles(int64_t rows, const Function& f) {
   int64_t r = 0;
-  for (; r + 4 <= rows; r += 4) f(std::integral_constant<int, 4>{}, r);
+  for (; r + Most <= rows; r += Most) f(std::integral_constant<int, Most>{}, r);
+  if (Most > 4 && r + 4 <= rows) f(std::integral_constant<int, 4>{}, r), r += 4;
   if (r + 2 <= rows) f(std::integral_constant<int, 2>{}, r), r += 2;
   if (r < rows) f(std::integral_constant<int, 1>{}, r);
+}
+
+/// What K's mean adds to a query's scores.
+float mean_score(const AttentionArgs& args, int64_t g, const float* q) {
+  if (!args.k_mean) return 0;
+  const int64_t n = args.k.layout.head_dim;
+  float dot = 0;
+  for (int64_t i = 0; i < n; ++i) dot += q[i] * args.k_mean[g * n + i];
+  return dot * args.scale;
 }
 
 /// One task's state.
@@ -117,36 +151,35 @@ class Worker {
   Worker(const AttentionArgs& args, const Task& task, float* partial)
       : args_(args),
         task_(task),
-        partial_(partial),
+        result_(args, partial),
         k_(args.k, task.b, task.g, args.capacity, args.ring),
-        v_(args.v, task.b, task.g, args.capacity, args.ring),
-        q_stride_(k_.slabs() * kSlab),
-        stride_(args.partial_row()) {
+        v_(args.v, task.b, task.g, args.capacity, args.ring) {
+    std::memset(partial, 0, args.partial_size() * sizeof(float));
+    std::memset(weight_lanes_, 0, task.rows * kWidth * sizeof(float));
+    std::memset(bias_lanes_, 0, task.rows * v_.groups() * kWidth * sizeof(float));
     for (int64_t r = 0; r < task.rows; ++r) {
-      float* row = partial_ + r * stride_;
-      std::memset(row, 0, stride_ * sizeof(float));
-      row[stride_ - 2] = -kInfinity;
+      result_.maximum[r] = -kInfinity;
+      find_visible(r);
       read_query(r);
     }
   }
 
   void run() {
     const AttentionRow& row = args_.rows[task_.b];
-    const int64_t split_begin = row.begin + task_.split * args_.split_tokens;
-    int64_t begin = split_begin, end = split_begin + args_.split_tokens;
-    end = end < row.end ? end : row.end;
+    int64_t begin = row.begin + task_.split * args_.split_tokens;
+    int64_t end = begin + args_.split_tokens;
     // A block's queries are in order: the first sees furthest back, the last furthest ahead.
-    begin = begin > visible_begin(0) ? begin : visible_begin(0);
-    end = end < visible_end(task_.rows - 1) ? end : visible_end(task_.rows - 1);
+    begin = begin > begin_[0] ? begin : begin_[0];
+    end = end < end_[task_.rows - 1] ? end : end_[task_.rows - 1];
     for (int64_t position = begin; position < end; position += kBlockTokens) {
-      const int64_t left = end - position;
-      const int64_t after = left - kBlockTokens;
+      const int64_t left = end - position, after = left - kBlockTokens;
       tokens_ = static_cast<int>(left < kBlockTokens ? left : kBlockTokens);
       next_ = after < 0 ? 0 : after < kBlockTokens ? after : kBlockTokens;
       score(position);
       for (int64_t r = 0; r < task_.rows; ++r) weigh(r, position);
       add_values(position);
     }
+    for (int64_t r = 0; r < task_.rows; ++r) collect(r);
   }
 
  private:
@@ -154,42 +187,35 @@ class Worker {
     return task_.g * args_.heads_per_group + (task_.first_row + r) % args_.heads_per_group;
   }
   int64_t query(int64_t r) const { return (task_.first_row + r) / args_.heads_per_group; }
-  int64_t query_position(int64_t r) const {
-    return args_.rows[task_.b].length - args_.queries + query(r);
-  }
-  int64_t visible_begin(int64_t r) const {
+
+  void find_visible(int64_t r) {
     const AttentionRow& row = args_.rows[task_.b];
-    const int64_t begin = args_.window ? query_position(r) - args_.window + 1 : row.begin;
-    return begin > row.begin ? begin : row.begin;
-  }
-  int64_t visible_end(int64_t r) const {
-    const AttentionRow& row = args_.rows[task_.b];
-    const int64_t end = args_.causal ? query_position(r) + 1 : row.end;
-    return end < row.end ? end : row.end;
+    const int64_t position = row.length - args_.queries + query(r);
+    begin_[r] = row.begin;
+    end_[r] = row.end;
+    if (args_.window && begin_[r] < position - args_.window + 1) {
+      begin_[r] = position - args_.window + 1;
+    }
+    if (args_.causal && end_[r] > position + 1) end_[r] = position + 1;
   }
 
   /// Rotated and scaled query, its sums over slabs (for biases), and what K's mean adds to a score.
   void read_query(int64_t r) {
     const int64_t n = args_.k.layout.head_dim;
-    float* q = q_ + r * q_stride_;
+    alignas(64) float q[kMaxHeadDim + kSlab];
     load_row(args_.query.at(task_.b, head(r), query(r)), args_.dtype, n, q);
-    for (int64_t i = n; i < q_stride_; ++i) q[i] = 0;
-    shift_[r] = 0;
-    if (args_.k_mean) {
-      const float* mean = args_.k_mean + task_.g * n;
-      F dot = splat(0.0f);
-      int64_t i = 0;
-      for (; i + kWidth <= n; i += kWidth) dot = fma(load(q + i), load(mean + i), dot);
-      shift_[r] = sum(dot);
-      for (; i < n; ++i) shift_[r] += q[i] * mean[i];
-      shift_[r] *= args_.scale;
-    }
+    shift_[r] = mean_score(args_, task_.g, q);
     if (args_.k_signs) hadamard_row(q, n, args_.k_signs, /*inverse=*/false);
-    for (int64_t i = 0; i < q_stride_; ++i) q[i] *= args_.scale;
+    for (int64_t i = 0; i < n; ++i) q[i] *= args_.scale;
+    for (int64_t i = n; i < k_.slabs() * kSlab; ++i) q[i] = 0;
     for (int slab = 0; slab < k_.slabs(); ++slab) {
       F total = splat(0.0f);
-      for (int i = 0; i < kSlab; i += kWidth) total = total + load(q + slab * kSlab + i);
-      q_sum_[r * k_.slabs() + slab] = sum(total);
+      for (int i = 0; i < kSlab; i += kWidth) {
+        const F x = load(q + slab * kSlab + i);
+        store(q_ + (slab * task_.rows + r) * kSlab + i, x);
+        total = total + x;
+      }
+      q_sum_[slab * task_.rows + r] = sum(total);
     }
   }
 
@@ -199,12 +225,14 @@ class Worker {
     for (int slab = 0; slab < k_.slabs(); ++slab) {
       k_.prefetch(slab, k_.slabs(), next_);
       k_.columns(slab, slab_);
-      for_row_tiles(task_.rows, [&](auto rows, int64_t r) {
+      const float* q = q_ + slab * task_.rows * kSlab;
+      const float* q_sum = q_sum_ + slab * task_.rows;
+      for_row_tiles<4>(task_.rows, [&](auto rows, int64_t r) {
         const auto tile = !k_.has_scale() ? score_tile<rows, false, false>
                           : k_.has_bias() ? score_tile<rows, true, true>
                                           : score_tile<rows, true, false>;
-        tile(slab_, q_ + r * q_stride_ + slab * kSlab, q_stride_, k_.scale(slab), k_.bias(slab),
-             q_sum_ + r * k_.slabs() + slab, k_.slabs(), scores_ + r * kBlockTokens);
+        tile(slab_, q + r * kSlab, k_.scale(slab), k_.bias(slab), q_sum + r,
+             scores_ + r * kBlockTokens);
       });
     }
   }
@@ -221,34 +249,36 @@ class Worker {
         store(s + t, cap * hyperbolic_tangent(load(s + t) / cap));
       }
     }
-    int64_t begin = visible_begin(r) - position, end = visible_end(r) - position;
+    int64_t begin = begin_[r] - position, end = end_[r] - position;
+    end = end < tokens_ ? end : tokens_;
     if (args_.mask.kind != MaskKind::none) add_mask(r, position, begin, end);
     for (int64_t t = 0; t < begin && t < kBlockTokens; ++t) s[t] = -kInfinity;
     for (int64_t t = end > 0 ? end : 0; t < kBlockTokens; ++t) s[t] = -kInfinity;
 
-    float* sums = partial_ + r * stride_;
-    float& maximum_so_far = sums[stride_ - 2];
-    float& weight_so_far = sums[stride_ - 1];
     F top = load(s);
     for (int t = kWidth; t < kBlockTokens; t += kWidth) top = maximum(top, load(s + t));
-    const float block_maximum = largest(top);
-    if (block_maximum > maximum_so_far) {
-      const float factor = std::exp(maximum_so_far - block_maximum);
-      for (int64_t i = 0; i < stride_ - 2; i += kWidth) {
-        store(sums + i, load(sums + i) * splat(factor));
-      }
-      weight_so_far *= factor;
-      maximum_so_far = block_maximum;
-    }
+    if (any_less(splat(result_.maximum[r]), top)) raise_maximum(r, largest(top));
     // A row that sees nothing yet has no maximum to subtract; its weights are zeros all the same.
-    const F base = splat(maximum_so_far == -kInfinity ? 0.0f : maximum_so_far);
-    F total = splat(0.0f);
+    const float highest = result_.maximum[r];
+    const F base = splat(highest == -kInfinity ? 0.0f : highest);
+    F total = load(weight_lanes_ + r * kWidth);
     for (int t = 0; t < kBlockTokens; t += kWidth) {
       const F weight = exponential(load(s + t) - base);
       store(s + t, weight);
       total = total + weight;
     }
-    weight_so_far += sum(total);
+    store(weight_lanes_ + r * kWidth, total);
+  }
+
+  void raise_maximum(int64_t r, float highest) {
+    const F factor = splat(std::exp(result_.maximum[r] - highest));
+    const auto rescale = [&](float* p) { store(p, load(p) * factor); };
+    for (int slab = 0; slab < v_.slabs(); ++slab) {
+      for (int i = 0; i < kSlab; i += kWidth) rescale(result_.slab(slab, r) + i);
+    }
+    rescale(weight_lanes_ + r * kWidth);
+    for (int g = 0; g < v_.groups(); ++g) rescale(bias_lanes_ + (g * task_.rows + r) * kWidth);
+    result_.maximum[r] = highest;
   }
 
   /// Adds the mask to tokens [begin, end) of the block, and narrows the range to its columns.
@@ -261,8 +291,7 @@ class Worker {
     end = end < first + mask.columns ? end : first + mask.columns;
     const char* data = mask.data + task_.b * mask.batch_stride + head(r) * mask.head_stride +
                        query(r) * mask.query_stride;
-    const int64_t stop = end < tokens_ ? end : tokens_;
-    for (int64_t t = begin > 0 ? begin : 0; t < stop; ++t) {
+    for (int64_t t = begin > 0 ? begin : 0; t < end; ++t) {
       const char* entry = data + (t - first) * mask.column_stride;
       if (mask.kind == MaskKind::number) {
         s[t] += load_float(entry, mask.dtype);
@@ -280,117 +309,227 @@ class Worker {
       v_.rows(slab, slab_);
       if (v_.starts_group(slab)) scale_weights(slab);
       const float* weights = v_.has_scale() ? scaled_ : scores_;
-      for_row_tiles(task_.rows, [&](auto rows, int64_t r) {
-        value_tile<rows>(slab_, weights + r * kBlockTokens, padded, constant_ + r,
-                         partial_ + r * stride_ + slab * kSlab, stride_);
+      for_row_tiles<kValueRows>(task_.rows, [&](auto rows, int64_t r) {
+        value_tile<rows>(slab_, weights + r * kBlockTokens, padded, result_.slab(slab, r));
       });
     }
   }
 
-  /// Weights times the group's scales, and the sum of weights times biases.
+  /// Weights times the scales of the slab's group, and sums of weights times its biases.
   void scale_weights(int slab) {
-    for (int64_t r = 0; r < task_.rows; ++r) {
+    if (!v_.has_scale()) return;
+    const float *scale = v_.scale(slab), *bias = v_.bias(slab);
+    float* lanes = bias_lanes_ + v_.group(slab) * task_.rows * kWidth;
+    for (int64_t r = 0; r < task_.rows; ++r, lanes += kWidth) {
       const float* weights = scores_ + r * kBlockTokens;
-      constant_[r] = 0;
-      if (!v_.has_scale()) continue;
-      const float* scale = v_.scale(slab);
       for (int t = 0; t < kBlockTokens; t += kWidth) {
         store(scaled_ + r * kBlockTokens + t, load(weights + t) * load(scale + t));
       }
-      if (v_.has_bias()) {
-        const float* bias = v_.bias(slab);
-        F total = splat(0.0f);
-        for (int t = 0; t < kBlockTokens; t += kWidth) {
-          total = fma(load(weights + t), load(bias + t), total);
-        }
-        constant_[r] = sum(total);
+      if (!v_.has_bias()) continue;
+      F total = load(lanes);
+      for (int t = 0; t < kBlockTokens; t += kWidth) {
+        total = fma(load(weights + t), load(bias + t), total);
       }
+      store(lanes, total);
+    }
+  }
+
+  /// What was kept per lane goes where it belongs.
+  void collect(int64_t r) {
+    result_.weight[r] = sum(load(weight_lanes_ + r * kWidth));
+    if (!v_.has_bias()) return;
+    for (int slab = 0; slab < v_.slabs(); ++slab) {
+      const F total = splat(sum(load(bias_lanes_ + (v_.group(slab) * task_.rows + r) * kWidth)));
+      float* sums = result_.slab(slab, r);
+      for (int i = 0; i < kSlab; i += kWidth) store(sums + i, load(sums + i) + total);
     }
   }
 
   const AttentionArgs& args_;
   const Task task_;
-  float* partial_;
+  const Partial result_;
   Side k_, v_;
-  int64_t q_stride_, stride_;
-  int tokens_ = 0;    ///< of the current block
-  int64_t next_ = 0;  ///< of the block after it
-  float q_[kMaxBlockFloats];
-  float q_sum_[kMaxBlockFloats / kSlab];
-  float shift_[kMaxBlockRows];
-  float constant_[kMaxBlockRows];
-  float slab_[kSlab * kBlockTokens];
-  float scores_[kMaxBlockRows * kBlockTokens];
-  float scaled_[kMaxBlockRows * kBlockTokens];
+  int tokens_ = 0;                                     ///< of the current block
+  int64_t next_ = 0;                                   ///< of the block after it
+  int64_t begin_[kMaxBlockRows], end_[kMaxBlockRows];  ///< visible positions of each row
+  float shift_[kMaxBlockRows];                         ///< what K's mean adds to its scores
+  alignas(64) float q_[kMaxBlockFloats];               ///< [slab][row][32]
+  alignas(64) float q_sum_[kMaxBlockFloats / kSlab];   ///< [slab][row]
+  alignas(64) float slab_[kSlab * kBlockTokens];       ///< unpacked K or V
+  alignas(64) float scores_[kMaxBlockRows * kBlockTokens];
+  alignas(64) float scaled_[kMaxBlockRows * kBlockTokens];
+  alignas(64) float weight_lanes_[kMaxBlockRows * kWidth];
+  alignas(64) float bias_lanes_[kMaxBlockFloats / kSlab * kWidth];  ///< [group][row][lane]
 };
 
-/// sums (in place) to the row's out and lse: sink, inverse rotation, V's mean.
-void finish_row(const AttentionArgs& args, const Task& task, int64_t r, float* sums) {
-  const int64_t row = task.first_row + r, n = args.v.layout.head_dim;
-  const int64_t h = task.g * args.heads_per_group + row % args.heads_per_group;
-  const int64_t index =
-      (task.b * args.groups * args.heads_per_group + h) * args.queries + row / args.heads_per_group;
-  float top = sums[args.partial_row() - 2], weight = sums[args.partial_row() - 1];
-  float total = weight;
+/// A row's unnormalised sums (changed in place), maximum and sum of weights to its out and lse:
+/// sink, inverse rotation, V's mean.
+void finish_row(const AttentionArgs& args, int64_t b, int64_t h, int64_t i, float* out, float top,
+                float weight) {
+  const int64_t n = args.v.layout.head_dim;
+  const int64_t index = (b * args.groups * args.heads_per_group + h) * args.queries + i;
+  float total = weight, factor = 1;
   if (args.sinks) {
-    const float sink = args.sinks[h];
-    const float highest = sink > top ? sink : top;
+    const float sink = args.sinks[h], highest = sink > top ? sink : top;
     const float base = highest == -kInfinity ? 0.0f : highest;
-    const float factor = std::exp(top - base);
-    for (int64_t i = 0; i < n; ++i) sums[i] *= factor;
+    factor = std::exp(top - base);
     weight *= factor;
     total = weight + std::exp(sink - base);
     top = highest;
   }
   // Nothing visible: zeros, not 0 / 0.
-  const float divisor = total == 0 ? 1.0f : total;
-  for (int64_t i = 0; i < n; ++i) sums[i] /= divisor;
-  if (args.v_signs) hadamard_row(sums, n, args.v_signs, /*inverse=*/true);
+  const float divisor = total == 0 ? 1.0f : total, share_of_one = factor / divisor;
+  for (int64_t j = 0; j < n; ++j) out[j] *= share_of_one;
+  if (args.v_signs) hadamard_row(out, n, args.v_signs, /*inverse=*/true);
   if (args.v_mean) {
-    const float* mean = args.v_mean + task.g * n;
+    const float* mean = args.v_mean + h / args.heads_per_group * n;
     const float share = weight / divisor;
-    for (int64_t i = 0; i < n; ++i) sums[i] += share * mean[i];
+    for (int64_t j = 0; j < n; ++j) out[j] += share * mean[j];
   }
-  store_row(sums, args.dtype, n, args.out + index * n * dtype_size(args.dtype),
+  store_row(out, args.dtype, n, args.out + index * n * dtype_size(args.dtype),
             /*saturate=*/false);
   args.lse[index] = total == 0 ? -kInfinity : top + std::log(total);
+}
+
+void finish_row(const AttentionArgs& args, const Task& task, int64_t r, const Partial& result) {
+  const int64_t row = task.first_row + r;
+  alignas(64) float out[kMaxHeadDim + kSlab];
+  for (int64_t slab = 0; slab < args.value_slabs(); ++slab) {
+    std::memcpy(out + slab * kSlab, result.slab(slab, r), kSlab * sizeof(float));
+  }
+  finish_row(args, task.b, task.g * args.heads_per_group + row % args.heads_per_group,
+             row / args.heads_per_group, out, result.maximum[r], result.weight[r]);
+}
+
+/// Takes in a dense attention's result for one head and query of a tile.
+void gather_row(const AttentionArgs& args, const AttentionTile& tile, int64_t h, int64_t i) {
+  const int64_t n = args.v.layout.head_dim, bytes = n * dtype_size(args.dtype);
+  const int64_t q = tile.first_query + i;
+  const char* out = tile.out + h * tile.out_head_stride + i * tile.out_query_stride;
+  float lse = tile.lse[h * tile.lse_head_stride + i * tile.lse_query_stride];
+  if (tile.first && tile.last && !args.sinks && !args.k_mean && !args.v_signs && !args.v_mean) {
+    const int64_t row =
+        (tile.batch_row * args.groups * args.heads_per_group + h) * args.queries + q;
+    std::memcpy(args.out + row * bytes, out, bytes);
+    args.lse[row] = lse;
+    return;
+  }
+  alignas(64) float sums[kMaxHeadDim];
+  load_row(out, args.dtype, n, sums);
+  const int64_t padded = args.value_slabs() * kSlab;
+  float* so_far = tile.so_far + (h * tile.queries + i) * (padded + 1);
+  if (!tile.first) {
+    const float other = so_far[padded], top = other > lse ? other : lse;
+    const float base = top == -kInfinity ? 0.0f : top;
+    const float a = std::exp(lse - base), b = std::exp(other - base);
+    const float total = a + b == 0 ? 1.0f : a + b, mine = a / total, theirs = b / total;
+    for (int64_t j = 0; j < n; ++j) sums[j] = sums[j] * mine + so_far[j] * theirs;
+    lse = base + std::log(a + b);
+  }
+  if (!tile.last) {
+    std::memcpy(so_far, sums, n * sizeof(float));
+    so_far[padded] = lse;
+    return;
+  }
+  if (args.k_mean && lse != -kInfinity) {
+    alignas(64) float query[kMaxHeadDim];
+    load_row(args.query.at(tile.batch_row, h, q), args.dtype, args.k.layout.head_dim, query);
+    lse += mean_score(args, h / args.heads_per_group, query);
+  }
+  // Normalised sums are sums whose weights add up to 1.
+  finish_row(args, tile.batch_row, h, q, sums, lse, lse == -kInfinity ? 0.0f : 1.0f);
+}
+
+/// Adds row r of another split's result.
+void merge_row(const Partial& mine, const Partial& other, int64_t r, int64_t slabs) {
+  const float a = mine.maximum[r], b = other.maximum[r];
+  const float top = b > a ? b : a, base = top == -kInfinity ? 0.0f : top;
+  const float keep = std::exp(a - base), take = std::exp(b - base);
+  for (int64_t slab = 0; slab < slabs; ++slab) {
+    float* sums = mine.slab(slab, r);
+    const float* more = other.slab(slab, r);
+    for (int i = 0; i < kSlab; i += kWidth) {
+      store(sums + i, fma(load(sums + i), splat(keep), load(more + i) * splat(take)));
+    }
+  }
+  mine.weight[r] = mine.weight[r] * keep + other.weight[r] * take;
+  mine.maximum[r] = top;
 }
 
 }  // namespace
 
 void attention(const AttentionArgs& args, int64_t begin, int64_t end) {
-  float local[kMaxBlockFloats];
-  const int64_t stride = args.partial_row();
+  alignas(64) float local[kMaxBlockFloats + 2 * kMaxBlockRows];
   for (int64_t index = begin; index < end; ++index) {
     const Task task = locate(args, index);
-    float* partial = args.splits > 1 ? args.partial + index * args.block_rows * stride : local;
+    float* partial = args.splits > 1 ? args.partial + index * args.partial_size() : local;
     Worker(args, task, partial).run();
     if (args.splits > 1) continue;
-    for (int64_t r = 0; r < task.rows; ++r) finish_row(args, task, r, partial + r * stride);
+    for (int64_t r = 0; r < task.rows; ++r) finish_row(args, task, r, Partial(args, partial));
   }
 }
 
 void attention_merge(const AttentionArgs& args, int64_t begin, int64_t end) {
-  const int64_t stride = args.partial_row(), blocks = args.batch * args.row_blocks;
+  const int64_t blocks = args.batch * args.row_blocks;
   for (int64_t index = begin; index < end; ++index) {
     const int64_t first = index / blocks * args.splits * blocks + index % blocks;
     const Task task = locate(args, first);
+    const Partial result(args, args.partial + first * args.partial_size());
     for (int64_t r = 0; r < task.rows; ++r) {
-      float* sums = args.partial + (first * args.block_rows + r) * stride;
       for (int64_t split = 1; split < args.splits; ++split) {
-        const float* other =
-            args.partial + ((first + split * blocks) * args.block_rows + r) * stride;
-        const float a = sums[stride - 2], b = other[stride - 2];
-        const float top = b > a ? b : a, base = top == -kInfinity ? 0.0f : top;
-        const F mine = splat(std::exp(a - base)), theirs = splat(std::exp(b - base));
-        for (int64_t i = 0; i < stride - 2; i += kWidth) {
-          store(sums + i, fma(load(sums + i), mine, load(other + i) * theirs));
-        }
-        sums[stride - 1] =
-            sums[stride - 1] * std::exp(a - base) + other[stride - 1] * std::exp(b - base);
-        sums[stride - 2] = top;
+        const int64_t other = first + split * blocks;
+        merge_row(result, Partial(args, args.partial + other * args.partial_size()), r,
+                  args.value_slabs());
       }
-      finish_row(args, task, r, sums);
+      finish_row(args, task, r, result);
+    }
+  }
+}
+
+void attention_unpack(const AttentionArgs& args, const AttentionTile& tile, int64_t begin,
+                      int64_t end) {
+  const int size = dtype_size(args.dtype);
+  alignas(64) float values[kSlab * kBlockTokens];
+  for (int64_t index = begin; index < end; ++index) {
+    const bool is_key = index % 2 == 0;
+    const Packed& packed = is_key ? args.k : args.v;
+    const int64_t g = index / 2 % args.groups, first = index / 2 / args.groups * kBlockTokens;
+    const int64_t n = packed.layout.head_dim, left = tile.tokens - first;
+    const int tokens = static_cast<int>(left < kBlockTokens ? left : kBlockTokens);
+    Side side(packed, tile.batch_row, g, args.capacity, args.ring);
+    side.enter(tile.position + first, tokens);
+    char* out =
+        (is_key ? tile.keys : tile.values) + (g * tile.capacity + first) * tile.width * size;
+    for (int slab = 0; slab < side.slabs(); ++slab) {
+      side.rows(slab, values);
+      const int64_t columns = n - slab * kSlab < kSlab ? n - slab * kSlab : kSlab;
+      for (int t = 0; t < tokens; ++t) {
+        float* row = values + t * kSlab;
+        char* to = out + (t * tile.width + slab * kSlab) * size;
+        const F scale = splat(side.has_scale() ? side.scale(slab)[t] : 1.0f);
+        const F bias = splat(side.has_bias() ? side.bias(slab)[t] : 0.0f);
+        const bool direct = args.dtype == KVQ_BFLOAT16 && columns == kSlab;
+        for (int i = 0; i < kSlab; i += kWidth) {
+          const F x = fma(load(row + i), scale, bias);
+          if (direct) {
+            store_bfloat(to + 2 * i, x);
+          } else {
+            store(row + i, x);
+          }
+        }
+        if (!direct) store_row(row, args.dtype, columns, to);
+      }
+    }
+  }
+}
+
+void attention_gather(const AttentionArgs& args, const AttentionTile& tile, int64_t begin,
+                      int64_t end) {
+  const int64_t heads = args.groups * args.heads_per_group;
+  for (int64_t index = begin; index < end; ++index) {
+    const int64_t h = index % heads, first = index / heads * kGatherQueries;
+    for (int64_t i = first; i < first + kGatherQueries && i < tile.queries; ++i) {
+      gather_row(args, tile, h, i);
     }
   }
 }

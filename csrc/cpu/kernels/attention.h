@@ -1,4 +1,7 @@
-// The arguments of the CPU attention kernels.
+// The arguments of the CPU attention kernels. Few query rows: attention on packed codes, task by
+// task, then attention_merge where tokens were split, by blocks of rows. Many: attention_unpack by
+// (block of 64 tokens, KV head, K or V), a dense attention of torch's, attention_gather by (block
+// of 16 queries, head).
 //
 // A task is one (batch row, KV head, block of query rows, split of the tokens). Query rows are the
 // heads of a KV head times the queries, query-major: row r is query r / heads_per_group of head
@@ -59,21 +62,49 @@ struct AttentionArgs {
   int64_t row_blocks = 1;
   int64_t splits = 1;
   int64_t split_tokens = 0;  ///< a multiple of 64
-  float* partial = nullptr;  ///< splits > 1: [tasks, block_rows, partial_row()]
+  float* partial = nullptr;  ///< splits > 1: [tasks, partial_size()]
 
   int64_t tasks() const { return groups * splits * batch * row_blocks; }
-  /// A partial row: the sums of weighted values (padded to slabs of 32), then maximum and sum.
-  int64_t partial_row() const { return (v.layout.head_dim + 31) / 32 * 32 + 2; }
+  int64_t value_slabs() const { return (v.layout.head_dim + 31) / 32; }
+  /// Floats of a task's result: [value_slabs][block_rows][32] sums of weighted values, then
+  /// [block_rows] maxima and [block_rows] sums of weights; a whole number of cache lines.
+  int64_t partial_size() const { return (block_rows * (value_slabs() * 32 + 2) + 15) / 16 * 16; }
 };
 
+/// A tile of tokens of one batch row, unpacked for a dense attention, and what that attention gave.
+struct AttentionTile {
+  int64_t batch_row = 0;
+  int64_t position = 0;  ///< of the first token
+  int64_t tokens = 0;
+  int64_t capacity = 0;    ///< tokens there is room for
+  char* keys = nullptr;    ///< [G, capacity, width] of the query's dtype, as stored (rotated)
+  char* values = nullptr;  ///< likewise
+  int64_t width = 0;       ///< at least D and Dv; what is beyond them is left alone
+
+  int64_t first_query = 0;
+  int64_t queries = 0;
+  const char* out = nullptr;   ///< the dense result, of the query's dtype; strides in bytes
+  const float* lse = nullptr;  ///< its log-sum-exps; strides in elements
+  int64_t out_head_stride = 0;
+  int64_t out_query_stride = 0;
+  int64_t lse_head_stride = 0;
+  int64_t lse_query_stride = 0;
+  float* so_far = nullptr;  ///< [H, queries, slabs of Dv * 32 + 1]: earlier tiles, then lse
+  bool first = true;        ///< no tile came before
+  bool last = true;         ///< none comes after: out and lse are written
+};
+
+/// Queries that attention_gather takes together: torch's result has heads next to each other.
+constexpr int64_t kGatherQueries = 16;
+
 constexpr int64_t kMaxBlockRows = 64;
-/// Query rows and sums of a task live on its stack: this many floats each.
+/// Query rows of a task live on its stack, as its sums do: at most this many floats each.
 constexpr int64_t kMaxBlockFloats = 16384;
 
 /// Query rows of a task for these head sizes.
 inline int64_t attention_block_rows(int64_t rows, int64_t k_dim, int64_t v_dim) {
   const int64_t widest = ((k_dim > v_dim ? k_dim : v_dim) + 31) / 32 * 32;
-  int64_t block = kMaxBlockFloats / (widest + 2);
+  int64_t block = kMaxBlockFloats / widest;
   block = block < kMaxBlockRows ? block : kMaxBlockRows;
   return rows < block ? rows : block;
 }

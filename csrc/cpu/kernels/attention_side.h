@@ -56,6 +56,8 @@ class Side {
   }
 
   int slabs() const { return slabs_; }
+  int groups() const { return groups_; }
+  int group(int slab) const { return slab / slabs_per_group_; }
 
   /// Makes the block of positions [position, position + tokens), tokens <= 64, current.
   void enter(int64_t position, int tokens) {
@@ -111,8 +113,8 @@ class Side {
   bool has_scale() const { return groups_ > 0; }
   bool has_bias() const { return layout_.family == KVQ_FAMILY_AFFINE; }
   /// Of each of the 64 tokens; zero past the block.
-  const float* scale(int slab) const { return scale_ + slab / slabs_per_group_ * kBlockTokens; }
-  const float* bias(int slab) const { return bias_ + slab / slabs_per_group_ * kBlockTokens; }
+  const float* scale(int slab) const { return scale_ + group(slab) * kBlockTokens; }
+  const float* bias(int slab) const { return bias_ + group(slab) * kBlockTokens; }
 
  private:
   int64_t slot(int64_t position) const { return ring_ ? position % capacity_ : position; }
@@ -127,7 +129,7 @@ class Side {
   }
 
   void read_scales(const char* data, int64_t stride, int64_t position, bool together, float* out) {
-    float in[kBlockTokens * kMaxSlabs];
+    alignas(64) float in[kBlockTokens * kMaxSlabs];
     if (together && stride == groups_ * dtype_size(layout_.scale_dtype)) {
       load_row(data + slot(position) * stride, layout_.scale_dtype, tokens_ * groups_, in);
     } else {
@@ -150,7 +152,7 @@ class Side {
   }
 
   void read_block_scales() {
-    uint16_t in[kMaxSlabs * kBlockTokens];
+    alignas(64) uint16_t in[kMaxSlabs * kBlockTokens];
     for (int t = 0; t < kBlockTokens; ++t) {
       for (int g = 0; g < groups_; ++g) {
         uint16_t half = 0;
@@ -178,9 +180,9 @@ class Side {
   int64_t next_ = 0;  ///< slot after the block
   const uint8_t* rows_[kBlockTokens];
   const uint8_t* tail_rows_[kBlockTokens];
-  uint8_t tails_[kBlockTokens][4 * kSlab];
-  float scale_[kMaxSlabs * kBlockTokens];
-  float bias_[kMaxSlabs * kBlockTokens];
+  alignas(64) uint8_t tails_[kBlockTokens][4 * kSlab];
+  alignas(64) float scale_[kMaxSlabs * kBlockTokens];
+  alignas(64) float bias_[kMaxSlabs * kBlockTokens];
 };
 
 }  // namespace kvq::cpu::KVQ_ISA

@@ -92,6 +92,7 @@ struct MlxNativeArgs {
 };
 
 struct AttentionArgs;  // attention.h
+struct AttentionTile;
 
 /// One instruction set's kernels. [begin, end) counts vectors (batch-major, then head, token).
 struct Kernels {
@@ -100,9 +101,11 @@ struct Kernels {
   void (*decode)(const DecodeArgs&, int64_t begin, int64_t end);
   void (*hadamard)(const HadamardArgs&, int64_t begin, int64_t end);
   void (*mlx_native)(const MlxNativeArgs&, int64_t begin, int64_t end);
-  /// [begin, end) counts tasks, then blocks of rows whose splits are to be merged: attention.h.
+  /// attention.h says what [begin, end) counts in each.
   void (*attention)(const AttentionArgs&, int64_t begin, int64_t end);
   void (*attention_merge)(const AttentionArgs&, int64_t begin, int64_t end);
+  void (*attention_unpack)(const AttentionArgs&, const AttentionTile&, int64_t begin, int64_t end);
+  void (*attention_gather)(const AttentionArgs&, const AttentionTile&, int64_t begin, int64_t end);
 };
 
 /// The best kernels this processor runs; KVQ_CPU_ISA=baseline|avx2|avx512|neon chooses others.

@@ -70,6 +70,7 @@ inline I round_to_int(F x) { return _mm512_cvtps_epi32(x); }
 inline F select_less(F a, F b, F then, F otherwise) {
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), otherwise, then);
 }
+inline bool any_less(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ) != 0; }
 inline F gather(const float* table, I index) { return _mm512_i32gather_ps(index, table, 4); }
 inline F half_lanes(I x) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(x)); }
 inline float sum(F x) { return _mm512_reduce_add_ps(x); }
@@ -113,6 +114,7 @@ inline I round_to_int(F x) { return _mm256_cvtps_epi32(x); }
 inline F select_less(F a, F b, F then, F otherwise) {
   return _mm256_blendv_ps(otherwise, then, _mm256_cmp_ps(a, b, _CMP_LT_OQ));
 }
+inline bool any_less(F a, F b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_LT_OQ)) != 0; }
 inline F gather(const float* table, I index) { return _mm256_i32gather_ps(table, index, 4); }
 /// Lanes hold a float16 in their low half and zeros above.
 inline F half_lanes(I x) {
@@ -191,6 +193,10 @@ inline I round_to_int(F x) {
 #endif
 }
 inline F select_less(F a, F b, F then, F otherwise) { return a < b ? then : otherwise; }
+inline bool any_less(F a, F b) {
+  const I less = a < b;
+  return (less[0] | less[1] | less[2] | less[3]) != 0;
+}
 inline F gather(const float* table, I index) {
   return F{table[index[0]], table[index[1]], table[index[2]], table[index[3]]};
 }
@@ -212,17 +218,59 @@ inline float largest(F x) {
 
 #endif
 
+/// kWidth floats to bfloat16, rounded to nearest even; a NaN stays one.
+inline void store_bfloat(char* p, F x) {
+  const I bits = as_int(x);
+  const I odd = bit_and(shift_right<16>(bits), splat_int(1));
+  I rounded = shift_right<16>(add_int(add_int(bits, splat_int(0x7fff)), odd));
+#if defined(__AVX512F__)
+  const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  rounded = _mm512_mask_blend_epi32(nan, rounded, splat_int(0x7fc0));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(rounded));
+#elif defined(__AVX2__)
+  const __m256 nan = _mm256_cmp_ps(x, x, _CMP_UNORD_Q);
+  rounded = as_int(_mm256_blendv_ps(as_float(rounded), as_float(splat_int(0x7fc0)), nan));
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(rounded, rounded), 0x08);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+#else
+  rounded = x == x ? rounded : splat_int(0x7fc0);
+  for (int i = 0; i < 4; ++i) {
+    const auto half = static_cast<uint16_t>(rounded[i]);
+    std::memcpy(p + 2 * i, &half, 2);
+  }
+#endif
+}
+
 // F is a vector of the compiler's in every instruction set: + - * / are its own.
+
+/// y * 2^n for whole n in [-126, 127] (AVX-512: any).
+inline F scale_by_power(F y, F n) {
+#if defined(__AVX512F__)
+  return _mm512_scalef_ps(y, n);
+#else
+  return y * as_float(shift_left<23>(add_int(round_to_int(n), splat_int(127))));
+#endif
+}
+
+/// The nearest whole number.
+inline F rounded(F x) {
+#if defined(__AVX512F__)
+  return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__AVX2__)
+  return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  return to_float(round_to_int(x));
+#endif
+}
 
 /// e^x to about one unit in the last place for x up to 88; 0 below -87, NaN stays NaN.
 inline F exponential(F x) {
   const F lowest = splat(-87.0f);
   // The operand order keeps NaN: the second operand comes back.
-  const F bounded = minimum(splat(88.0f), maximum(lowest, x));
-  const I n = round_to_int(bounded * splat(1.44269504f));
-  const F whole = to_float(n);
-  F r = fma(whole, splat(-0.693359375f), bounded);
-  r = fma(whole, splat(2.12194440e-4f), r);
+  const F bounded = maximum(lowest, x);
+  const F n = rounded(bounded * splat(1.44269504f));
+  F r = fma(n, splat(-0.693359375f), bounded);
+  r = fma(n, splat(2.12194440e-4f), r);
   F y = splat(1.9875691500e-4f);
   y = fma(y, r, splat(1.3981999507e-3f));
   y = fma(y, r, splat(8.3334519073e-3f));
@@ -230,8 +278,7 @@ inline F exponential(F x) {
   y = fma(y, r, splat(1.6666665459e-1f));
   y = fma(y, r, splat(5.0000001201e-1f));
   y = fma(y * r, r, r + splat(1.0f));
-  y = y * as_float(shift_left<23>(add_int(n, splat_int(127))));
-  return select_less(x, lowest, splat(0.0f), y);
+  return select_less(x, lowest, splat(0.0f), scale_by_power(y, n));
 }
 
 /// tanh(x), accurate to a few units in the last place also where x is small; NaN stays NaN.

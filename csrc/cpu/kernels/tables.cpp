@@ -6,6 +6,6 @@ namespace kvq::cpu::KVQ_ISA {
 #define KVQ_STRINGIFY(x) KVQ_STRINGIFY_(x)
 
 const Kernels table{KVQ_STRINGIFY(KVQ_ISA), encode, decode, hadamard, mlx_native, attention,
-                   attention_merge};
+                   attention_merge, attention_unpack, attention_gather};
 
 }  // namespace kvq::cpu::KVQ_ISA

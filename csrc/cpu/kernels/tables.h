@@ -11,6 +11,10 @@ void hadamard(const HadamardArgs& args, int64_t begin, int64_t end);
 void mlx_native(const MlxNativeArgs& args, int64_t begin, int64_t end);
 void attention(const AttentionArgs& args, int64_t begin, int64_t end);
 void attention_merge(const AttentionArgs& args, int64_t begin, int64_t end);
+void attention_unpack(const AttentionArgs& args, const AttentionTile& tile, int64_t begin,
+                      int64_t end);
+void attention_gather(const AttentionArgs& args, const AttentionTile& tile, int64_t begin,
+                      int64_t end);
 
 extern const Kernels table;
 
