@@ -1,4 +1,5 @@
-"""Skips (or fails, under KVQ_REQUIRE_ALL=1) the tests of this folder where the emulator's tools are missing."""
+"""Skips (or fails, under KVQ_REQUIRE_ALL=1) the tests of this folder where the emulator's tools
+are missing."""
 
 import pytest
 

@@ -4,8 +4,8 @@
     library.launch("kvq_quantize_half_int4_g64", grid=(rows, 1, 1), threadgroup=(32, 1, 1),
                    buffers={0: x, 1: codes, 2: scales, 3: params}, constants={0: True})
 
-Buffers are read and written in place of a GPU's: outputs are there when launch returns. A fault raises KernelFault.
-"""
+Buffers are read and written in place of a GPU's: outputs are there when launch returns. A fault
+raises KernelFault."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ class Offset:
 
 @dataclass
 class InPlace:
-    """A buffer that is too large to copy between guard pages: the kernel works on the memory itself."""
+    """A buffer that is too large to copy between guard pages: the kernel works on the memory
+    itself."""
 
     buffer: Any
 
@@ -126,7 +127,12 @@ class _Api(ctypes.Structure):
         ("n_kernels", ctypes.c_uint32),
         ("function_constants", ctypes.POINTER(_FunctionConstant)),
         ("n_function_constants", ctypes.c_uint32),
-        ("launch", ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(_Launch), ctypes.c_char_p, ctypes.c_size_t)),
+        (
+            "launch",
+            ctypes.CFUNCTYPE(
+                ctypes.c_int, ctypes.POINTER(_Launch), ctypes.c_char_p, ctypes.c_size_t
+            ),
+        ),
         (
             "check_constants",
             ctypes.CFUNCTYPE(
@@ -176,7 +182,9 @@ def load(
     return _load(toolchain.compile_library(source, mode, defines=defines, only=only))
 
 
-def load_file(path: str | Path, mode: str = "fast", *, include_dirs: Sequence[str | Path] = (), **options: Any) -> Library:
+def load_file(
+    path: str | Path, mode: str = "fast", *, include_dirs: Sequence[str | Path] = (), **options: Any
+) -> Library:
     """`load` of a .metal file with its includes flattened."""
     return load(toolchain.flatten(path, include_dirs), mode, **options)
 
@@ -196,12 +204,16 @@ class Library:
         get_api.restype = ctypes.POINTER(_Api)
         self._api = get_api().contents
         if self._api.abi_version != ABI_VERSION:
-            raise RuntimeError(f"{path}: ABI version {self._api.abi_version}, expected {ABI_VERSION}")
+            raise RuntimeError(
+                f"{path}: ABI version {self._api.abi_version}, expected {ABI_VERSION}"
+            )
         self.mode = self._api.mode.decode()
         self._kernels = {self._api.kernels[i].name.decode(): i for i in range(self._api.n_kernels)}
         self._constants = {
             c.index: (c.name.decode(), c.type.decode(), c.size)
-            for c in (self._api.function_constants[i] for i in range(self._api.n_function_constants))
+            for c in (
+                self._api.function_constants[i] for i in range(self._api.n_function_constants)
+            )
         }
 
     @property
@@ -219,7 +231,10 @@ class Library:
         k = self._kernel(kernel)
         names = [name for name, _ in _Param._fields_]
         params = [{n: getattr(k.params[i], n) for n in names} for i in range(k.n_params)]
-        return [{**p, "name": p["name"].decode(), "kind": ("buffer", "threadgroup")[p["kind"]]} for p in params]
+        return [
+            {**p, "name": p["name"].decode(), "kind": ("buffer", "threadgroup")[p["kind"]]}
+            for p in params
+        ]
 
     def max_threads(self, kernel: str) -> int:
         """max_total_threads_per_threadgroup of a kernel."""
@@ -228,7 +243,10 @@ class Library:
     def uses(self, kernel: str) -> list[str]:
         """Function constants that a kernel names."""
         k = self._kernel(kernel)
-        return [self._api.function_constants[k.function_constants[i]].name.decode() for i in range(k.n_function_constants)]
+        return [
+            self._api.function_constants[k.function_constants[i]].name.decode()
+            for i in range(k.n_function_constants)
+        ]
 
     def static_threadgroup_bytes(self, kernel: str) -> int:
         """Bytes of threadgroup variables that launches of the kernel have met."""
@@ -256,21 +274,28 @@ class Library:
     ) -> None:
         """Runs a kernel to its end.
 
-        grid, threadgroup: up to three numbers; grid counts threadgroups, or threads with grid_in_threads.
-        buffers: by index: numpy array, torch tensor (its own elements; strides are not looked at beyond that the view
-            must be contiguous), bytes or a numpy scalar (setBytes), Offset or InPlace; None leaves an index unbound.
-        constants: function constants by index or name.
-        threadgroup_memory: bytes by index.
-        partial_simd: simdgroup functions may be called by some lanes only.
-        allow_lockstep: races inside a simdgroup are no fault.
-        guard_low: guard pages meet the start of the buffers instead of their end.
-        seed: shuffles the order in which threads run.
+        Args:
+            kernel: its host name.
+            grid, threadgroup: up to three numbers; grid counts threadgroups, or threads with
+                grid_in_threads.
+            buffers: by index; contiguous numpy arrays and CPU tensors (their memory), bytes and
+                numpy scalars (setBytes), Offset, InPlace. None leaves an index unbound.
+            constants: function constants by index or name.
+            threadgroup_memory: bytes by index.
+            grid_in_threads: the last threadgroups of an axis may be smaller.
+            partial_simd: simdgroup functions may be called by some lanes only.
+            allow_lockstep: races inside a simdgroup are no fault (race build).
+            guard_low: guard pages meet the start of the buffers instead of their end.
+            seed: shuffles the order in which threads run.
         """
         items = buffers.items() if isinstance(buffers, Mapping) else enumerate(buffers)
         keep: list[Any] = []
         bound = [_bind(index, value, keep) for index, value in items if value is not None]
         values = [self._constant(key, value, keep) for key, value in (constants or {}).items()]
-        memory = [_ThreadgroupMemory(index, length) for index, length in (threadgroup_memory or {}).items()]
+        memory = [
+            _ThreadgroupMemory(index, length)
+            for index, length in (threadgroup_memory or {}).items()
+        ]
         flags = _GRID_IN_THREADS * grid_in_threads | _PARTIAL_SIMD * partial_simd
         flags |= _ALLOW_LOCKSTEP * allow_lockstep | _GUARD_LOW * guard_low
         request = _Launch(
@@ -293,12 +318,15 @@ class Library:
             raise (KernelFault(self.symbolize(message)) if status == 1 else LaunchRefused(message))
 
     def check_constants(self, kernel: str, constants: Mapping[int | str, Any]) -> None:
-        """What pipeline creation checks: every function constant that the kernel names has a value."""
+        """What pipeline creation checks: every function constant that the kernel names has a
+        value."""
         keep: list[Any] = []
         values = [self._constant(key, value, keep) for key, value in constants.items()]
         array = (_ConstantValue * max(1, len(values)))(*values)
         error = ctypes.create_string_buffer(1024)
-        if self._api.check_constants(ctypes.byref(self._kernel(kernel)), array, len(values), error, len(error)):
+        if self._api.check_constants(
+            ctypes.byref(self._kernel(kernel)), array, len(values), error, len(error)
+        ):
             raise LaunchRefused(error.value.decode())
 
     def _constant(self, key: int | str, value: Any, keep: list[Any]) -> _ConstantValue:
@@ -323,7 +351,9 @@ class Library:
             return message
         # The offset is that of the instruction after the call.
         calls = [hex(int(offset, 16) - 1) for offset in offsets]
-        result = subprocess.run([tool, "-e", str(self.path), *calls], capture_output=True, text=True, check=False)
+        result = subprocess.run(
+            [tool, "-e", str(self.path), *calls], capture_output=True, text=True, check=False
+        )
         for offset, line in zip(offsets, result.stdout.splitlines(), strict=False):
             if not line.startswith("??"):
                 place = Path(line.split(" ")[0]).name
@@ -333,7 +363,7 @@ class Library:
 
 def _three(value: int | Sequence[int]) -> tuple[int, int, int]:
     numbers = [value] if isinstance(value, int) else list(value)
-    return tuple(int(n) for n in (numbers + [1, 1])[:3])
+    return tuple(int(n) for n in [*numbers, 1, 1][:3])
 
 
 def _bind(index: int, value: Any, keep: list[Any]) -> _Buffer:
@@ -351,7 +381,10 @@ def _bind(index: int, value: Any, keep: list[Any]) -> _Buffer:
             value = np.frombuffer(bytes(value), np.uint8).copy()
         elif not isinstance(value, np.ndarray):
             if isinstance(value, (int, float)) and not isinstance(value, np.generic):
-                raise TypeError(f"buffer {index}: {value!r} has no width; use a numpy scalar such as np.uint32({value!r})")
+                raise TypeError(
+                    f"buffer {index}: {value!r} has no width; "
+                    f"use a numpy scalar such as np.uint32({value!r})"
+                )
             value = np.atleast_1d(np.asarray(value))
         if not value.flags.c_contiguous:
             raise ValueError(f"buffer {index}: a contiguous array is needed")

@@ -1,4 +1,5 @@
-"""Barrier mutation: takes each barrier out of a source in turn. The race build must object to every one.
+"""Barrier mutation: takes each barrier out of a source in turn. The race build must object to
+every one.
 
     survivors = mutate.survivors(source, run)      # run(library) launches kernels of the race build
 
@@ -31,7 +32,11 @@ def mutants(source: str) -> Iterator[Mutant]:
     blanked = _COMMENT.sub(lambda m: re.sub(r"[^\n]", " ", m.group()), source)
     for match in _BARRIER.finditer(blanked):
         head, barrier = source[: match.start()], source[match.start() : match.end()]
-        yield Mutant(_place(head), barrier, head + ";" + re.sub(r"[^\n]", "", barrier) + source[match.end() :])
+        yield Mutant(
+            _place(head),
+            barrier,
+            head + ";" + re.sub(r"[^\n]", "", barrier) + source[match.end() :],
+        )
 
 
 def _place(head: str) -> str:
@@ -48,8 +53,8 @@ def survivors(
     defines: dict[str, str] | None = None,
     only: str | None = None,
 ) -> list[Mutant]:
-    """The mutants that `run` does not fault on. `run` gets a library of the race build and must launch every kernel
-    that holds a barrier, with sizes for which it matters."""
+    """The mutants that `run` does not fault on. `run` gets a library of the race build and must
+    launch every kernel that holds a barrier, with sizes for which it matters."""
     left = []
     for mutant in mutants(source):
         library = emulator.load(mutant.source, "race", defines=defines, only=only)

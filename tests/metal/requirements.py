@@ -1,4 +1,5 @@
-"""What the emulator needs on the machine. A missing tool skips a test, or fails it under KVQ_REQUIRE_ALL=1."""
+"""What the emulator needs on the machine. A missing tool skips a test, or fails it under
+KVQ_REQUIRE_ALL=1."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ def ptxas() -> str | None:
 
 @functools.cache
 def addr2line() -> str | None:
-    """Path of addr2line (binutils), which turns code offsets in race reports into lines. Optional."""
+    """Path of addr2line (binutils), which turns code offsets in race reports into lines.
+    Optional."""
     return shutil.which("addr2line")
 
 
@@ -49,7 +51,10 @@ def missing_for_emulator() -> str | None:
         return "clang++-19 is not installed (apt-get install clang-19)"
     machine = platform.machine()
     if machine not in ("x86_64", "aarch64") or platform.system() != "Linux":
-        return f"the Metal emulator runs on Linux on x86-64 or arm64, not on {platform.system()} {machine}"
+        return (
+            "the Metal emulator runs on Linux on x86-64 or arm64, "
+            f"not on {platform.system()} {machine}"
+        )
     if machine == "x86_64" and not _has_avx2():
         return "the Metal emulator needs a CPU with AVX2, F16C and FMA"
     return None
@@ -57,7 +62,8 @@ def missing_for_emulator() -> str | None:
 
 @functools.cache
 def libclang() -> str | None:
-    """Path of the libclang that belongs to clang++-19, for the rules of the strict check on the syntax tree."""
+    """Path of the libclang that belongs to clang++-19, for the rules of the strict check on the
+    syntax tree."""
     compiler = clang()
     if compiler is None:
         return None
@@ -80,7 +86,8 @@ def missing_for_strict_check() -> str | None:
 
 
 def require(reason: str | None) -> None:
-    """Skips the running test for `reason`, or fails it where everything is required. None passes."""
+    """Skips the running test for `reason`, or fails it where everything is required. None
+    passes."""
     if reason is None:
         return
     import pytest

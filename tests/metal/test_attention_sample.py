@@ -15,11 +15,17 @@ from . import emulator, mutate, requirements, toolchain
 torch = pytest.importorskip("torch")
 
 SOURCE = toolchain.flatten(Path(__file__).parent / "samples" / "attention.metal")
-DTYPES = {"float": (torch.float32, 2e-6), "half": (torch.float16, 1e-3), "bfloat": (torch.bfloat16, 8e-3)}
+DTYPES = {
+    "float": (torch.float32, 2e-6),
+    "half": (torch.float16, 1e-3),
+    "bfloat": (torch.bfloat16, 8e-3),
+}
 D = 128
 
 
-def run(library: emulator.Library, dtype: str, heads: int, length: int, group: int, seed: int = 0) -> float:
+def run(
+    library: emulator.Library, dtype: str, heads: int, length: int, group: int, seed: int = 0
+) -> float:
     """Largest error of one launch against float64."""
     generator = np.random.default_rng(length)
     kind, tolerance = DTYPES[dtype]
@@ -33,7 +39,9 @@ def run(library: emulator.Library, dtype: str, heads: int, length: int, group: i
         spread = [np.repeat(a.astype(np.float64), group, -1) for a in (scales, zeros)]
         decoded.append(codes * spread[0] + spread[1])
     out = torch.empty(heads, D, dtype=kind)
-    params = np.array([(length, group, D**-0.5)], np.dtype([("length", "u4"), ("group", "u4"), ("scale", "f4")]))
+    params = np.array(
+        [(length, group, D**-0.5)], np.dtype([("length", "u4"), ("group", "u4"), ("scale", "f4")])
+    )
     library.launch(f"attention_{dtype}", heads, 128, [query, *parts, out, params], seed=seed)
     scores = np.einsum("hd,htd->ht", query.double().numpy(), decoded[0]) * D**-0.5
     weights = np.exp(scores - scores.max(1, keepdims=True))

@@ -1,4 +1,5 @@
-"""The emulator must see every planted fault in the builds that can see it, and let clean kernels pass."""
+"""The emulator must see every planted fault in the builds that can see it, and let clean kernels
+pass."""
 
 from __future__ import annotations
 
@@ -71,7 +72,9 @@ def run(mode: str, kernel: str, **options: object) -> np.ndarray:
     return y
 
 
-@pytest.mark.parametrize(("kernel", "mode"), [(k, m) for k, (modes, _) in FAULTS.items() for m in modes])
+@pytest.mark.parametrize(
+    ("kernel", "mode"), [(k, m) for k, (modes, _) in FAULTS.items() for m in modes]
+)
 def test_fault_is_caught(kernel: str, mode: str) -> None:
     with pytest.raises(emulator.KernelFault, match=FAULTS[kernel][1]):
         run(mode, kernel)
@@ -104,7 +107,9 @@ def test_lockstep_may_be_allowed() -> None:
 def test_partial_simd_may_be_allowed(mode: str) -> None:
     x = np.linspace(1, 2, 128, dtype=np.float32).reshape(4, 32)
     y = run(mode, "simd_sum_in_branch", partial_simd=True).reshape(4, 32)
-    np.testing.assert_allclose(y[:, 1::2], np.repeat(x[:, 1::2].sum(1, keepdims=True), 16, 1), rtol=1e-6)
+    np.testing.assert_allclose(
+        y[:, 1::2], np.repeat(x[:, 1::2].sum(1, keepdims=True), 16, 1), rtol=1e-6
+    )
     assert (y[:, ::2] == 0).all()
     y = run(mode, "return_before_simd_sum", partial_simd=True)
     np.testing.assert_allclose(y[0], np.delete(x[0], 3).sum(), rtol=1e-6)
@@ -116,7 +121,9 @@ def test_fault_names_kernel_thread_and_line() -> None:
     with pytest.raises(emulator.KernelFault) as caught:
         run("race", "write_past_end")
     message = str(caught.value)
-    assert "kernel write_past_end" in message and "thread 127" in message and "buffer(1) y" in message
+    assert (
+        "kernel write_past_end" in message and "thread 127" in message and "buffer(1) y" in message
+    )
     assert "faults.metal:" in message or "pc 0x" in message
 
 
@@ -146,7 +153,10 @@ def test_unset_constant_is_found_before_the_launch() -> None:
         ({"threadgroup": 0}, "no threads"),
         ({"kernel": "past_threadgroup_argument"}, r"threadgroup\(0\) s has no length"),
         ({"kernel": "past_threadgroup_argument", "threadgroup_memory": {0: 24}}, "multiple of 16"),
-        ({"kernel": "past_threadgroup_argument", "threadgroup_memory": {0: 32784}}, "limit is 32768"),
+        (
+            {"kernel": "past_threadgroup_argument", "threadgroup_memory": {0: 32784}},
+            "limit is 32768",
+        ),
     ],
 )
 def test_bad_request_is_refused(change: dict, message: str) -> None:

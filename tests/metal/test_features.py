@@ -39,7 +39,9 @@ def comparisons() -> np.ndarray:
 def half_and_bfloat() -> np.ndarray:
     def bfloat(v: np.ndarray) -> np.ndarray:
         bits = v.astype(np.float32).view(np.uint32)
-        return ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
+        return (
+            ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
+        )
 
     h = X.astype(np.float16) * np.float16(2.5) + np.float16(1)
     b = bfloat(bfloat(bfloat(X) * 3) + bfloat(h.astype(np.float32)))
@@ -57,8 +59,28 @@ def integers() -> np.ndarray:
 def mathematics() -> np.ndarray:
     v = X.astype(np.float64)
     tanh, smooth = np.tanh(v), v * v * (3 - 2 * v)
-    total = np.exp(v) + np.exp2(v) + np.log(v) + np.sqrt(v) + 1 / np.sqrt(v) + np.sin(v) + np.cos(v) + tanh + v**2
-    total += v * v + v + np.clip(v, 0.25, 0.5) + v + (1 - v) * 0.5 + np.rint(X * np.float32(10)) + v + 1 + np.exp(v)
+    total = (
+        np.exp(v)
+        + np.exp2(v)
+        + np.log(v)
+        + np.sqrt(v)
+        + 1 / np.sqrt(v)
+        + np.sin(v)
+        + np.cos(v)
+        + tanh
+        + v**2
+    )
+    total += (
+        v * v
+        + v
+        + np.clip(v, 0.25, 0.5)
+        + v
+        + (1 - v) * 0.5
+        + np.rint(X * np.float32(10))
+        + v
+        + 1
+        + np.exp(v)
+    )
     return total + np.log2(v) + np.maximum(v, 0.2) + v * 8 + (v >= 0.5) + smooth
 
 
@@ -82,7 +104,9 @@ def simd_votes() -> np.ndarray:
 def quads() -> np.ndarray:
     q = X.reshape(16, 4)
     before = np.cumsum(q, 1) - q
-    total = q.sum(1, keepdims=True) + q.max(1, keepdims=True) + q[:, 2:3] + q[:, [1, 0, 3, 2]] + before
+    total = (
+        q.sum(1, keepdims=True) + q.max(1, keepdims=True) + q[:, 2:3] + q[:, [1, 0, 3, 2]] + before
+    )
     return total.reshape(64) + (T < 16)
 
 
@@ -151,7 +175,9 @@ def test_value(kernel: str, mode: str, seed: int) -> None:
     y = np.zeros(64, np.float32)
     threads = 32 if kernel == "matrix_multiply" else 64
     library = emulator.load(SOURCE, mode)
-    library.launch(kernel, 64 // threads, threads, [X, y], threadgroup_memory=MEMORY.get(kernel), seed=seed)
+    library.launch(
+        kernel, 64 // threads, threads, [X, y], threadgroup_memory=MEMORY.get(kernel), seed=seed
+    )
     np.testing.assert_allclose(y, ANSWERS[kernel](), rtol=2e-6)
 
 
@@ -200,13 +226,23 @@ def test_grid_in_threads(mode: str) -> None:
     """The last threadgroups of an axis are smaller."""
     width, height = 21, 5
     y = np.zeros(height * width, np.float32)
-    emulator.load(SOURCE, mode).launch("positions", (width, height), (8, 4), [X[:1], y], grid_in_threads=True)
+    emulator.load(SOURCE, mode).launch(
+        "positions", (width, height), (8, 4), [X[:1], y], grid_in_threads=True
+    )
     py, px = np.mgrid[:height, :width]
     gx, gy = px // 8, py // 4
     size_x, size_y = np.where(gx == 2, 5, 8), np.where(gy == 1, 1, 4)
     index = (px % 8) + size_x * (py % 4)
     simdgroups = (size_x * size_y + 31) // 32
-    want = X[0] + gx + 10 * gy + 100 * size_x + 1000 * 3 + 10000 * index + (index // 32 + simdgroups) * 0.25
+    want = (
+        X[0]
+        + gx
+        + 10 * gy
+        + 100 * size_x
+        + 1000 * 3
+        + 10000 * index
+        + (index // 32 + simdgroups) * 0.25
+    )
     np.testing.assert_allclose(y.reshape(height, width), want + (py % 4) * 0.0625, rtol=1e-6)
 
 
@@ -215,7 +251,10 @@ def test_unnumbered_buffers_and_offsets() -> None:
     y = np.zeros(80, np.float32)
     library.launch("unnumbered", 1, 64, [X, emulator.Offset(y, 64), np.array([1, 9], np.uint32)])
     np.testing.assert_allclose(y, np.concatenate([np.zeros(16), X + 9]), rtol=1e-6)
-    names = [(p["name"], p["index"], p["elem_size"], p["is_read_only"]) for p in library.parameters("unnumbered")]
+    names = [
+        (p["name"], p["index"], p["elem_size"], p["is_read_only"])
+        for p in library.parameters("unnumbered")
+    ]
     assert names == [("x", 0, 4, 1), ("y", 1, 4, 0), ("add", 2, 8, 1)]
 
 
@@ -230,7 +269,9 @@ def test_in_place_buffer() -> None:
     """A buffer of more than 2^32 bytes, of which only the touched pages exist."""
     huge = np.zeros((1 << 32) // 4 + 4096, np.float32)
     end = huge[-64:]
-    emulator.load(SOURCE, "fast").launch("limits", 1, 64, [X, emulator.Offset(emulator.InPlace(huge), huge.nbytes - 256)])
+    emulator.load(SOURCE, "fast").launch(
+        "limits", 1, 64, [X, emulator.Offset(emulator.InPlace(huge), huge.nbytes - 256)]
+    )
     np.testing.assert_array_equal(end, X)
 
 
@@ -245,7 +286,9 @@ def test_max_threads() -> None:
 def test_static_threadgroup_bytes() -> None:
     library = emulator.load(SOURCE, "fast")
     library.launch("templated_threadgroup_half_2", 1, 64, [X, np.zeros(64, np.float32)])
-    assert library.static_threadgroup_bytes("templated_threadgroup_half_2") == 64 * 4 + 4 * 4 + 64 * 2
+    assert (
+        library.static_threadgroup_bytes("templated_threadgroup_half_2") == 64 * 4 + 4 * 4 + 64 * 2
+    )
 
 
 def test_fastmath_flushes_denormals_during_a_launch_only() -> None:

@@ -1,5 +1,7 @@
-"""The strict check: what Metal does not allow, and what the subset leaves out, is refused; the rest is not."""
+"""The strict check: what Metal does not allow, and what the subset leaves out, is refused; the
+rest is not."""
 
+# ruff: noqa: E501  (a table of one-line sources)
 from __future__ import annotations
 
 from pathlib import Path
@@ -16,14 +18,23 @@ QUALIFIED = "struct S { float a; float get() const device { return a; } float ge
 
 # text, what an objection must hold
 REFUSED = {
-    "device_to_threadgroup": ("void f(device float* p) { threadgroup float* q = p; }", "cannot initialize"),
+    "device_to_threadgroup": (
+        "void f(device float* p) { threadgroup float* q = p; }",
+        "cannot initialize",
+    ),
     "device_to_thread": ("void f(device float* p) { thread float* q = p; }", "cannot initialize"),
     "pointer_parameter": ("float f(float* p) { return *p; }", "without an address space"),
-    "pointer_variable": ("void f() { float a[2]; float* q = a; *q = 1; }", "without an address space"),
+    "pointer_variable": (
+        "void f() { float a[2]; float* q = a; *q = 1; }",
+        "without an address space",
+    ),
     "reference_parameter": ("float f(float& p) { return p; }", "without an address space"),
     "pointer_field": ("struct P { float* a; };", "without an address space"),
     "pointer_result": ("float* f(thread float* a) { return a; }", "without an address space"),
-    "cast_between_spaces": ("void f(device float* p) { threadgroup float* q = (threadgroup float*)p; }", "address space"),
+    "cast_between_spaces": (
+        "void f(device float* p) { threadgroup float* q = (threadgroup float*)p; }",
+        "address space",
+    ),
     "reinterpret_between_spaces": (
         "void f(device float* p) { constant float* q = reinterpret_cast<constant float*>(p); }",
         "not allowed",
@@ -32,9 +43,15 @@ REFUSED = {
         "void g(thread uint* a) { a[0] = 1; } void f() { uint x[2]; g((uint*)x); }",
         "without an address space",
     ),
-    "assignment_between_spaces": ("void f(threadgroup float* a, device float* b) { a = b; }", "address space"),
+    "assignment_between_spaces": (
+        "void f(threadgroup float* a, device float* b) { a = b; }",
+        "address space",
+    ),
     "write_to_constant": ("void f(constant float* p) { p[0] = 1.0f; }", "not assignable"),
-    "method_on_device_object": (STRUCT + "float f(device S* s) { return s->get(); }", "object parameter"),
+    "method_on_device_object": (
+        STRUCT + "float f(device S* s) { return s->get(); }",
+        "object parameter",
+    ),
     "double": ("void f(device float* p) { double d = 1; p[0] = float(d); }", "double"),
     "bare_literal": ("void f(device float* p) { p[0] = p[0] * 1.5; }", "literal without f or h"),
     "bare_exponent": ("float f() { return 1e3; }", "literal without f or h"),
@@ -49,10 +66,17 @@ REFUSED = {
     "half4_from_float4": ("void f(float4 a) { half4 h = a; }", "cannot initialize"),
     "float4_from_uint4": ("void f(uint4 a) { float4 h = a; }", "cannot initialize"),
     "half4_times_float": ("void f(half4 a, float b) { half4 c = a * b; }", "implicit conversion"),
-    "buffer_index_31": ("[[kernel]] void k(device float* a [[buffer(31)]]) { a[0] = 1.0f; }", "beyond 30"),
-    "buffer_index_twice": ("[[kernel]] void k(device float* a [[buffer(0)]], device float* b [[buffer(0)]]) {}", "twice"),
+    "buffer_index_31": (
+        "[[kernel]] void k(device float* a [[buffer(31)]]) { a[0] = 1.0f; }",
+        "beyond 30",
+    ),
+    "buffer_index_twice": (
+        "[[kernel]] void k(device float* a [[buffer(0)]], device float* b [[buffer(0)]]) {}",
+        "twice",
+    ),
     "threadgroup_memory": (
-        KERNEL + "{ threadgroup float s[8000]; threadgroup half4 q[200]; s[t] = 1.0f; q[t] = half4(half(1)); a[t] = s[t]; }",
+        KERNEL
+        + "{ threadgroup float s[8000]; threadgroup half4 q[200]; s[t] = 1.0f; q[t] = half4(half(1)); a[t] = s[t]; }",
         "33600 bytes of threadgroup memory",
     ),
     "threadgroup_memory_of_an_instance": (
@@ -63,8 +87,14 @@ REFUSED = {
         "32770 bytes of threadgroup memory",
     ),
     "threadgroup_outside_a_kernel": ("void f() { threadgroup float s[4]; }", "outside a kernel"),
-    "kernel_with_a_result": ("[[kernel]] int k(device float* a [[buffer(0)]]) { return 1; }", "must return void"),
-    "unknown_attribute": ("[[kernel]] void k(uint t [[thread_position_on_grid]]) {}", "not supported"),
+    "kernel_with_a_result": (
+        "[[kernel]] int k(device float* a [[buffer(0)]]) { return 1; }",
+        "must return void",
+    ),
+    "unknown_attribute": (
+        "[[kernel]] void k(uint t [[thread_position_on_grid]]) {}",
+        "not supported",
+    ),
     "signed_position": ("[[kernel]] void k(int t [[thread_position_in_grid]]) {}", "unsigned"),
     "position_without_attribute": ("[[kernel]] void k(uint t) {}", "without attribute"),
     "atomic_of_64_bits": (
@@ -83,8 +113,14 @@ REFUSED = {
     "lambda": ("int f() { auto l = [](int a) { return a; }; return l(1); }", "lambda"),
     "function_pointer": ("void f(int x) { int (*g)(int) = nullptr; }", "function pointer"),
     "variable_length_array": ("void f(int n) { int a[n]; a[0] = 1; }", "variable length"),
-    "constexpr_if": ("template <typename T> float f(T a) { if constexpr (sizeof(T) == 4) return 1.0f; return 0.0f; }", "17"),
-    "structured_binding": ("struct P { int a, b; }; int f() { P p = {1, 2}; auto [x, y] = p; return x + y; }", "17"),
+    "constexpr_if": (
+        "template <typename T> float f(T a) { if constexpr (sizeof(T) == 4) return 1.0f; return 0.0f; }",
+        "17",
+    ),
+    "structured_binding": (
+        "struct P { int a, b; }; int f() { P p = {1, 2}; auto [x, y] = p; return x + y; }",
+        "17",
+    ),
     "standard_header": ("#include <vector>", "vector"),
     "shadowed_name": ("float f(float a) { { float a = 1.0f; return a; } return a; }", "shadows"),
 }
@@ -98,7 +134,8 @@ ACCEPTED = {
     "half_literal": "half f(half a) { return a * 1.5h; }",
     "min_of_equal_types": "uint f(uint a, int b) { return min(a, 3u) + uint(max(b, 3)); }",
     "overload_on_space": "float f(device float* p) { return *p; } float f(threadgroup float* p) { return *p; }",
-    "threadgroup_memory_of_32_KB": KERNEL + "{ threadgroup float s[8192]; s[t] = 1.0f; a[t] = s[t]; }",
+    "threadgroup_memory_of_32_KB": KERNEL
+    + "{ threadgroup float s[8192]; s[t] = 1.0f; a[t] = s[t]; }",
     "buffer_index_30": "[[kernel]] void k(device float* a [[buffer(30)]]) { a[0] = 1.0f; }",
     "array_reference": "float f(thread const float (&a)[4]) { return a[1]; }",
     "constant_table": "constant float table[2] = {1.0f, 2.0f};\nfloat f(uint i) { return table[i]; }",
@@ -123,5 +160,7 @@ def test_accepted(case: str) -> None:
 
 
 def test_an_objection_names_file_and_line() -> None:
-    problems = toolchain.strict_check('#line 40 "rows.metal"\n' + HEAD + "\nfloat f(float* p) { return *p; }\n")
+    problems = toolchain.strict_check(
+        '#line 40 "rows.metal"\n' + HEAD + "\nfloat f(float* p) { return *p; }\n"
+    )
     assert problems == ["rows.metal:43: p: pointer or reference without an address space"]

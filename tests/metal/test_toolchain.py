@@ -15,18 +15,22 @@ SAMPLES = Path(__file__).parent / "samples"
 SCRIPT = Path(__file__).parent / "toolchain.py"
 SMALL = """#include <metal_stdlib>
 using namespace metal;
-kernel void twice(device float* y [[buffer(0)]], uint t [[thread_position_in_grid]]) { y[t] *= 2.0f; }
+kernel void twice(device float* y [[buffer(0)]], uint t [[thread_position_in_grid]]) {
+  y[t] *= 2.0f;
+}
 """
 
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
     (tmp_path / "include" / "deep").mkdir(parents=True)
-    (tmp_path / "include" / "deep" / "a.h").write_text("#pragma once\n#include <deep/b.h>\nconstant uint A = B + 1;\n")
+    (tmp_path / "include" / "deep" / "a.h").write_text(
+        "#pragma once\n#include <deep/b.h>\nconstant uint A = B + 1;\n"
+    )
     (tmp_path / "include" / "deep" / "b.h").write_text("#pragma once\nconstant uint B = 1;\n")
     (tmp_path / "near.h").write_text("constant uint C = A + B;\n")
     (tmp_path / "k.metal").write_text(
-        "#include <metal_stdlib>\n#include <deep/a.h>\n#include <deep/b.h>\n#include \"near.h\"\n"
+        '#include <metal_stdlib>\n#include <deep/a.h>\n#include <deep/b.h>\n#include "near.h"\n'
         "using namespace metal;\nkernel void k(device uint* y [[buffer(0)]]) {\n  y[0] = C;\n}\n"
     )
     return tmp_path
@@ -72,37 +76,68 @@ def test_unknown_mode() -> None:
 
 
 def script(*arguments: str, text: str | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(SCRIPT), *arguments], input=text, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *arguments], input=text, capture_output=True, text=True
+    )
 
 
 def test_command_line(tmp_path: Path) -> None:
     """What the software Metal device runs: from any folder, given one source."""
     (tmp_path / "s.metal").write_text(SMALL)
     out = tmp_path / "s.so"
-    result = script("compile", "--mode", "fast", "--source", str(tmp_path / "s.metal"), "--out", str(out))
+    result = script(
+        "compile", "--mode", "fast", "--source", str(tmp_path / "s.metal"), "--out", str(out)
+    )
     assert result.returncode == 0, result.stderr
     library = emulator.Library(out)
     assert library.kernels == ["twice"] and library.mode == "fast"
     assert script("list", "--source", "-", text=SMALL).stdout.split() == ["twice"]
     assert script("check", "--source", "-", text=SMALL).returncode == 0
-    broken = script("compile", "--source", "-", "--out", str(out), text=SMALL.replace("y[t]", "z[t]"))
+    broken = script(
+        "compile", "--source", "-", "--out", str(out), text=SMALL.replace("y[t]", "z[t]")
+    )
     assert broken.returncode == 1 and "use of undeclared identifier 'z'" in broken.stderr
 
 
 def test_header_is_c(tmp_path: Path) -> None:
     """emu.h is used from Objective-C++ and must stay C."""
-    (tmp_path / "a.c").write_text('#include "emu.h"\nint main(void) { return sizeof(emu_launch) == 0; }\n')
-    command = [requirements.clang().replace("clang++", "clang"), "-std=c11", "-Wall", "-Werror", "-fsyntax-only"]
+    (tmp_path / "a.c").write_text(
+        '#include "emu.h"\nint main(void) { return sizeof(emu_launch) == 0; }\n'
+    )
+    command = [
+        requirements.clang().replace("clang++", "clang"),
+        "-std=c11",
+        "-Wall",
+        "-Werror",
+        "-fsyntax-only",
+    ]
     subprocess.run([*command, "-I", str(SCRIPT.parent / "emu"), str(tmp_path / "a.c")], check=True)
 
 
 def test_abi_matches_python() -> None:
     """The structures of emulator.py have the sizes of emu.h."""
-    names = {"emu_param": "_Param", "emu_kernel": "_Kernel", "emu_buffer": "_Buffer", "emu_launch": "_Launch", "emu_api": "_Api"}
+    names = {
+        "emu_param": "_Param",
+        "emu_kernel": "_Kernel",
+        "emu_buffer": "_Buffer",
+        "emu_launch": "_Launch",
+        "emu_api": "_Api",
+    }
     import ctypes
 
-    checks = "".join(f"_Static_assert(sizeof({c}) == {ctypes.sizeof(getattr(emulator, p))}, \"\");\n" for c, p in names.items())
-    command = [requirements.clang().replace("clang++", "clang"), "-x", "c", "-fsyntax-only", "-I", str(SCRIPT.parent / "emu"), "-"]
+    checks = "".join(
+        f'_Static_assert(sizeof({c}) == {ctypes.sizeof(getattr(emulator, p))}, "");\n'
+        for c, p in names.items()
+    )
+    command = [
+        requirements.clang().replace("clang++", "clang"),
+        "-x",
+        "c",
+        "-fsyntax-only",
+        "-I",
+        str(SCRIPT.parent / "emu"),
+        "-",
+    ]
     subprocess.run(command, input='#include "emu.h"\n' + checks, text=True, check=True)
 
 
@@ -116,15 +151,35 @@ def test_ptx_of_samples(sample: str) -> None:
 
 @pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
 def test_shim_and_runtime_compile_for(machine: str, tmp_path: Path) -> None:
-    """The other machine's code generation; the runtime needs that machine's system headers, so its assembly only."""
-    flags = [f"--target={machine}-linux-gnu", "-std=c++17", "-fsigned-char", "-nostdinc", "-w", "-O1", "-c", "-x", "c++"]
+    """The other machine's code generation; the runtime needs that machine's system headers, so
+    its assembly only."""
+    flags = [
+        f"--target={machine}-linux-gnu",
+        "-std=c++17",
+        "-fsigned-char",
+        "-nostdinc",
+        "-w",
+        "-O1",
+        "-c",
+        "-x",
+        "c++",
+    ]
     flags += ["-mf16c"] if machine == "x86_64" else []
     translation = toolchain.kernels((SAMPLES / "features.metal").read_text())
     (tmp_path / "k.cpp").write_text(translation.text.replace("blocks[t]", "msl_flat(blocks[t])"))
     swap = f'typedef unsigned long uintptr_t;\n#include "{SCRIPT.parent}/emu/runtime/swap.h"\n'
     (tmp_path / "swap.cpp").write_text(swap)
-    subprocess.run([requirements.clang(), *flags, str(tmp_path / "swap.cpp"), "-o", str(tmp_path / "s.o")], check=True)
+    subprocess.run(
+        [requirements.clang(), *flags, str(tmp_path / "swap.cpp"), "-o", str(tmp_path / "s.o")],
+        check=True,
+    )
     kernels = (SAMPLES / "attention.metal").read_text()
     (tmp_path / "k.cpp").write_text(toolchain.kernels(kernels).text)
-    command = [requirements.clang(), *flags, "-include", str(toolchain.SHIM), str(tmp_path / "k.cpp")]
+    command = [
+        requirements.clang(),
+        *flags,
+        "-include",
+        str(toolchain.SHIM),
+        str(tmp_path / "k.cpp"),
+    ]
     subprocess.run([*command, "-o", str(tmp_path / "k.o")], check=True)

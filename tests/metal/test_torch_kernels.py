@@ -1,5 +1,6 @@
-"""Calibration on Metal code that real Macs run: torch ships its attention kernels as headers in its wheel. They are read
-from the installed torch, compiled unmodified, and must give the values of torch's CPU attention."""
+"""Calibration on Metal code that real Macs run: torch ships its attention kernels as headers in
+its wheel. They are read from the installed torch, compiled unmodified, and must give the values
+of torch's CPU attention."""
 
 from __future__ import annotations
 
@@ -22,13 +23,15 @@ TOLERANCE = {"float": 3e-6, "half": 2e-3, "bfloat": 1.6e-2}
 MASKS = ("none", "causal", "bool", "additive")
 
 pytestmark = pytest.mark.skipif(
-    not (HEADERS / "PrefillAttention.h").exists(), reason="this torch does not ship its Metal kernels"
+    not (HEADERS / "PrefillAttention.h").exists(),
+    reason="this torch does not ship its Metal kernels",
 )
 
 
 @functools.cache
 def source(header: str) -> str:
-    text = f"#include <metal_stdlib>\nusing namespace metal;\n#include <c10/metal/utils.h>\n#include <{header}>\n"
+    text = "#include <metal_stdlib>\nusing namespace metal;\n#include <c10/metal/utils.h>\n"
+    text += f"#include <{header}>\n"
     wrapper = INCLUDE / "wrapper.metal"  # never written: only its folder and name matter
     return toolchain.flatten_text(text, wrapper, [INCLUDE])
 
@@ -54,14 +57,19 @@ class Case:
     expected: torch.Tensor
 
 
-def make_case(dtype: str, head_size: int, heads: int, kv_heads: int, queries: int, keys: int, mask: str) -> Case:
+def make_case(
+    dtype: str, head_size: int, heads: int, kv_heads: int, queries: int, keys: int, mask: str
+) -> Case:
     generator = torch.Generator().manual_seed(head_size + queries)
     kind, batch = DTYPES[dtype], 2
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator).to(kind)
 
-    q, k, v = (normal(batch, h, n, head_size) for h, n in ((heads, queries), (kv_heads, keys), (kv_heads, keys)))
+    q, k, v = (
+        normal(batch, h, n, head_size)
+        for h, n in ((heads, queries), (kv_heads, keys), (kv_heads, keys))
+    )
     given = None
     if mask == "bool":
         given = torch.rand(batch, heads, queries, keys, generator=generator) > 0.3
@@ -84,23 +92,47 @@ def check(case: Case, out: torch.Tensor, dtype: str) -> None:
     assert error < TOLERANCE[dtype], f"largest error {error:.2e}"
 
 
-def run_decode(library: emulator.Library, dtype: str, head_size: int, mask: str, two_passes: bool) -> None:
+def run_decode(
+    library: emulator.Library, dtype: str, head_size: int, mask: str, two_passes: bool
+) -> None:
     heads, kv_heads, queries = 8, 2, 2
     keys = 300 if two_passes and library.mode == "fast" else 77
     case = make_case(dtype, head_size, heads, kv_heads, queries, keys, mask)
     q, k, v = case.q, case.k, case.v
     batch = q.shape[0]
     out = torch.full_like(q, float("nan"))
-    suffix = {"none": "_masknone", "causal": "_masknone_causal", "bool": "_maskbool", "additive": f"_mask{dtype}"}[mask]
+    suffix = {
+        "none": "_masknone",
+        "causal": "_masknone_causal",
+        "bool": "_maskbool",
+        "additive": f"_mask{dtype}",
+    }[mask]
     head_strides = np.array([q.stride(1), k.stride(1), v.stride(1), 0], np.uint32)
     seq_strides = np.array([q.stride(2), k.stride(2), v.stride(2), 0], np.uint32)
     batch_strides = np.array([q.stride(0), k.stride(0), v.stride(0), heads], np.uint32)
     given = case.mask if case.mask is not None else np.zeros(16, np.uint8)
     m = case.mask.stride() if case.mask is not None else (0, 0, 0, 0)
     mask_strides = np.array([m[3], m[2], m[1], m[0]], np.uint32)
-    group, length, scale = np.uint32(heads // kv_heads), np.uint32(keys), np.float32(head_size**-0.5)
+    group, length, scale = (
+        np.uint32(heads // kv_heads),
+        np.uint32(keys),
+        np.float32(head_size**-0.5),
+    )
     if not two_passes:
-        buffers = [q, k, v, out, group, length, head_strides, seq_strides, scale, given, mask_strides, batch_strides]
+        buffers = [
+            q,
+            k,
+            v,
+            out,
+            group,
+            length,
+            head_strides,
+            seq_strides,
+            scale,
+            given,
+            mask_strides,
+            batch_strides,
+        ]
         name = f"sdpa_vector_{dtype}_{head_size}_{head_size}{suffix}"
         library.launch(name, (batch * heads, queries, 1), 1024, buffers)
     else:
@@ -108,7 +140,21 @@ def run_decode(library: emulator.Library, dtype: str, head_size: int, mask: str,
         partial = torch.zeros(batch * heads, queries, blocks, head_size, dtype=q.dtype)
         sums = torch.zeros(batch * heads, queries, blocks)
         maxima = torch.zeros_like(sums)
-        buffers = [q, k, v, partial, sums, maxima, group, length, head_strides, seq_strides, scale, given, mask_strides]
+        buffers = [
+            q,
+            k,
+            v,
+            partial,
+            sums,
+            maxima,
+            group,
+            length,
+            head_strides,
+            seq_strides,
+            scale,
+            given,
+            mask_strides,
+        ]
         name = f"sdpa_vector_2pass_1_{dtype}_{head_size}_{head_size}{suffix}"
         library.launch(name, (batch * heads, queries, blocks), 256, [*buffers, batch_strides])
         name = f"sdpa_vector_2pass_2_{dtype}_{head_size}"
@@ -131,7 +177,11 @@ def run_prefill(library: emulator.Library, dtype: str, head_size: int, mask: str
     kind = "bool_" if mask == "bool" else PREFILL_NAMES[dtype]
     ending = f"hm{int(case.mask is not None)}_dc{int(mask == 'causal')}_mask{kind}"
     start = f"prefill_attention_{PREFILL_NAMES[dtype]}_bq32_"
-    (name,) = (n for n in library.kernels if n.startswith(start) and n.endswith(ending) and f"_bd{head_size}_" in n)
+    (name,) = (
+        n
+        for n in library.kernels
+        if n.startswith(start) and n.endswith(ending) and f"_bd{head_size}_" in n
+    )
     grid = ((queries + 31) // 32, heads, batch)
     library.launch(name, grid, 128, [q, k, v, out, params, mask_strides, given])
     check(case, out, dtype)
@@ -169,6 +219,8 @@ def test_prefill_other_builds(mode: str) -> None:
     run_prefill(library, "half", 64, "additive")
 
 
-@pytest.mark.parametrize("header", ["DecodeAttention.h", pytest.param("PrefillAttention.h", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "header", ["DecodeAttention.h", pytest.param("PrefillAttention.h", marks=pytest.mark.slow)]
+)
 def test_strict_check_accepts(header: str) -> None:
     assert toolchain.strict_check(source(f"ATen/native/mps/kernels/{header}"), subset=False) == []

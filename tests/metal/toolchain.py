@@ -6,9 +6,8 @@
     python toolchain.py list --source kernels.metal
     python toolchain.py ptx --source kernels.metal --out kernels.ptx
 
-A compiled library has the C ABI of emu/emu.h. Results are cached under KVQ_EMU_CACHE, else ~/.cache/torch_kvq/emu, by
-the hash of the source, the options and the tool chain itself.
-"""
+A compiled library has the C ABI of emu/emu.h. Results are cached under KVQ_EMU_CACHE, else
+~/.cache/torch_kvq/emu, by the hash of the source, the options and the tool chain itself."""
 
 from __future__ import annotations
 
@@ -31,7 +30,7 @@ if __package__ in (None, ""):  # run as a script: become a module of the package
     __import__(__package__)
 
 from . import requirements
-from .msl.repair import repair
+from .msl.repair import compile_with_repairs
 from .msl.translate import Translation, TranslationError, translate
 
 MODES = ("fast", "race", "asan", "fastmath")
@@ -47,22 +46,38 @@ DEFINES = {
     "__APPLE__": "1",
 }
 _MACHINE = {"x86_64": ["-mavx2", "-mf16c", "-mfma"], "aarch64": []}
-_COMMON = """-std=c++17 -fPIC -fvisibility=hidden -fno-exceptions -fno-rtti -fno-math-errno -fno-strict-aliasing
-    -fsigned-char -w -Xclang -cl-single-precision-constant -Xclang -ffloat16-excess-precision=none
-    -Xclang -fbfloat16-excess-precision=none""".split()
-_OUTLINE = """-fsanitize=kernel-address -mllvm -asan-instrumentation-with-call-threshold=0
-    -mllvm -asan-kernel-mem-intrinsic-prefix=1""".split()
+_COMMON = """
+    -std=c++17 -fPIC -fvisibility=hidden -fno-exceptions -fno-rtti -fno-math-errno -fsigned-char -w
+    -fno-strict-aliasing -Xclang -cl-single-precision-constant
+    -Xclang -ffloat16-excess-precision=none -Xclang -fbfloat16-excess-precision=none
+    """.split()
+# Every access becomes a call of the runtime (emu/runtime/access.cpp).
+_TRACED = """
+    -O1 -ffp-contract=off -gline-tables-only -fsanitize=kernel-address
+    -mllvm -asan-instrumentation-with-call-threshold=0 -mllvm -asan-kernel-mem-intrinsic-prefix=1
+    """.split()
 _KERNEL_FLAGS = {
-    "fast": ["-O2", "-ffp-contract=off"],
-    "fastmath": ["-O2", "-ffast-math"],
-    "race": ["-O1", "-ffp-contract=off", "-gline-tables-only", *_OUTLINE]
-    + "-mllvm -asan-opt=0 -mllvm -asan-stack=0 -mllvm -asan-globals=0".split(),
-    "asan": ["-O1", "-ffp-contract=off", "-gline-tables-only", *_OUTLINE]
-    + """-mllvm -asan-stack=1 -mllvm -asan-globals=1 -mllvm -asan-mapping-offset=0
-    -mllvm -asan-max-inline-poisoning-size=0 -fsanitize=undefined -fno-sanitize=vptr,function,pointer-overflow,null
-    -fsanitize-address-use-after-scope""".split(),
+    "fast": "-O2 -ffp-contract=off".split(),
+    "fastmath": "-O2 -ffast-math".split(),
+    "race": [
+        *_TRACED,
+        *"-mllvm -asan-opt=0 -mllvm -asan-stack=0 -mllvm -asan-globals=0".split(),
+    ],
+    "asan": [
+        *_TRACED,
+        *"-mllvm -asan-stack=1 -mllvm -asan-globals=1 -mllvm -asan-mapping-offset=0".split(),
+        *"-mllvm -asan-max-inline-poisoning-size=0 -fsanitize-address-use-after-scope".split(),
+        *"-fsanitize=undefined -fno-sanitize=vptr,function,pointer-overflow,null".split(),
+    ],
 }
-_RUNTIME_FLAGS = "-std=c++17 -O2 -fPIC -fvisibility=hidden -fno-exceptions -fno-rtti -fno-strict-aliasing".split()
+_RUNTIME_FLAGS = """
+    -std=c++17 -O2 -fPIC -fvisibility=hidden -fno-exceptions -fno-rtti -fno-strict-aliasing
+    """.split()
+_PTX_FLAGS = """
+    -std=c++17 -O3 -w -nostdinc -nostdinc++ -gline-tables-only -ffp-contract=fast -fsigned-char
+    --target=nvptx64-nvidia-cuda -Xclang -target-feature -Xclang +ptx80
+    -Xclang -cl-single-precision-constant -S -x c++
+    """.split()
 
 
 class CompileError(Exception):
@@ -73,7 +88,8 @@ class CompileError(Exception):
 
 
 def flatten(path: str | Path, include_dirs: Iterable[str | Path] = ()) -> str:
-    """One self-contained source: every include that is found is put in its place, once where it says #pragma once.
+    """One self-contained source: every include that is found is put in its place, once where it
+    says #pragma once.
 
     Includes that are not found (<metal_stdlib> and the like) stay.
     """
@@ -99,7 +115,9 @@ def _flatten(text: str, path: Path, include_dirs: Sequence[Path], once: set[Path
         found = None
         if match:
             folders = ([path.parent] if match.group(1) == '"' else []) + list(include_dirs)
-            found = next((d / match.group(2) for d in folders if (d / match.group(2)).is_file()), None)
+            found = next(
+                (d / match.group(2) for d in folders if (d / match.group(2)).is_file()), None
+            )
         if found is None:
             lines.append(line)
             continue
@@ -111,7 +129,12 @@ def _flatten(text: str, path: Path, include_dirs: Sequence[Path], once: set[Path
 
 def preprocess(source: str, defines: Mapping[str, str] | None = None) -> str:
     """Expands macros. Metal's own headers are taken out: the shim defines what they do."""
-    source = re.sub(r"^[ \t]*#[ \t]*(?:include|import)[ \t]*<(metal_|simd/|stdint|stddef|limits)[^>]*>.*$", "", source, flags=re.M)
+    source = re.sub(
+        r"^[ \t]*#[ \t]*(?:include|import)[ \t]*<(metal_|simd/|stdint|stddef|limits)[^>]*>.*$",
+        "",
+        source,
+        flags=re.M,
+    )
     if not source.startswith("#line"):
         source = '#line 1 "source.metal"\n' + source
     command = [_clang(), "-E", "-x", "c++", "-std=c++17", "-nostdinc", "-undef", "-w", "-"]
@@ -120,11 +143,17 @@ def preprocess(source: str, defines: Mapping[str, str] | None = None) -> str:
     if result.returncode:
         raise CompileError(result.stderr)
     # The count of an unroll hint may be a function constant, which is no constant expression here.
-    return re.sub(r"^([ \t]*#[ \t]*pragma[ \t]+unroll)[ \t]*\((?!\s*\d+\s*\)).*$", r"\1", result.stdout, flags=re.M)
+    return re.sub(
+        r"^([ \t]*#[ \t]*pragma[ \t]+unroll)[ \t]*\((?!\s*\d+\s*\)).*$",
+        r"\1",
+        result.stdout,
+        flags=re.M,
+    )
 
 
 def kernels(source: str, defines: Mapping[str, str] | None = None) -> Translation:
-    """What a source declares: kernels with their parameters, instances by host name, function constants."""
+    """What a source declares: kernels with their parameters, instances by host name, function
+    constants."""
     return translate(preprocess(source, defines))
 
 
@@ -143,7 +172,8 @@ def compile_library(
     defines: Mapping[str, str] | None = None,
     only: str | None = None,
 ) -> Path:
-    """Compiles a flattened source to a kernel library and returns the path of the cached shared object.
+    """Compiles a flattened source to a kernel library and returns the path of the cached shared
+    object.
 
     `only` is a regular expression: other [[host_name]] instantiations are left out.
     """
@@ -164,24 +194,30 @@ def compile_library(
 def _build(text: str, mode: str, scratch: Path, out: Path) -> None:
     unit = scratch / "kernels.cpp"
     command = [_clang(), *_kernel_flags(mode), "-include-pch", str(_precompiled_shim(mode))]
-    link = ["-shared", "-o", str(out), str(unit), str(_runtime(mode)), "-Wl,-Bsymbolic", "-lpthread"]
-    for attempt in range(8):
-        unit.write_text(text)
-        ranges = ["-fdiagnostics-print-source-range-info", "-fno-caret-diagnostics", "-ferror-limit=0"]
-        ranges += ["-Xclang", "-fno-diagnostics-use-presumed-location"]
-        result = subprocess.run([*command, *ranges, *link], capture_output=True, text=True)
-        if result.returncode == 0:
-            return
-        repaired = repair(text, result.stderr, str(unit))
-        if repaired == text:
-            break
-        text = repaired
+    link = [
+        "-shared",
+        "-o",
+        str(out),
+        str(unit),
+        str(_runtime(mode)),
+        "-Wl,-Bsymbolic",
+        "-lpthread",
+    ]
+    text, result = compile_with_repairs([*command, *link], text, unit)
+    if result.returncode == 0:
+        return
     result = subprocess.run([*command, "-fsyntax-only", str(unit)], capture_output=True, text=True)
     raise CompileError(result.stderr.replace(f"{scratch}{os.sep}", ""))
 
 
 def _kernel_flags(mode: str) -> list[str]:
-    return [*_COMMON, "-nostdinc", "-nostdinc++", *_MACHINE[platform.machine()], *_KERNEL_FLAGS[mode]]
+    return [
+        *_COMMON,
+        "-nostdinc",
+        "-nostdinc++",
+        *_MACHINE[platform.machine()],
+        *_KERNEL_FLAGS[mode],
+    ]
 
 
 def _support_dir() -> Path:
@@ -201,7 +237,8 @@ def _support_dir() -> Path:
 
 
 def _once(path: Path, command: list[str]) -> Path:
-    """Runs a command that writes to the path after its last argument, unless that is there already."""
+    """Runs a command that writes to the path after its last argument, unless that is there
+    already."""
     if not path.exists():
         scratch = path.with_name(f"{path.name}.{os.getpid()}")
         result = subprocess.run([*command, str(scratch)], capture_output=True, text=True)
@@ -220,18 +257,44 @@ def _precompiled_shim(mode: str) -> Path:
 
 def _runtime(mode: str) -> Path:
     support = _support_dir()
-    define = {"race": ["-DEMU_RACE"], "asan": ["-DEMU_ASAN"], "fastmath": ["-DEMU_FASTMATH"], "fast": []}[mode]
+    define = {
+        "race": ["-DEMU_RACE"],
+        "asan": ["-DEMU_ASAN"],
+        "fastmath": ["-DEMU_FASTMATH"],
+        "fast": [],
+    }[mode]
     sources = sorted(str(p) for p in (support / "runtime").glob("*.cpp"))
     includes = [argument for source in sources for argument in ("-include", source)]
-    flags = [*_RUNTIME_FLAGS, *_MACHINE[platform.machine()], *define, "-x", "c++", "-c", os.devnull, *includes, "-o"]
+    flags = [
+        *_RUNTIME_FLAGS,
+        *_MACHINE[platform.machine()],
+        *define,
+        "-x",
+        "c++",
+        "-c",
+        os.devnull,
+        *includes,
+        "-o",
+    ]
     return _once(support / f"runtime.{mode}.o", [_clang(), *flags])
 
 
 @functools.cache
 def _toolchain_id() -> str:
-    version = subprocess.run([_clang(), "--version"], capture_output=True, text=True, check=True).stdout
-    files = sorted(p for folder in ("emu", "msl") for p in (HERE / folder).rglob("*") if p.suffix in (".h", ".cpp", ".py"))
-    return _digest(version, *(f"{p.relative_to(HERE)}\n{p.read_text()}" for p in files), Path(__file__).read_text())[:16]
+    version = subprocess.run(
+        [_clang(), "--version"], capture_output=True, text=True, check=True
+    ).stdout
+    files = sorted(
+        p
+        for folder in ("emu", "msl")
+        for p in (HERE / folder).rglob("*")
+        if p.suffix in (".h", ".cpp", ".py")
+    )
+    return _digest(
+        version,
+        *(f"{p.relative_to(HERE)}\n{p.read_text()}" for p in files),
+        Path(__file__).read_text(),
+    )[:16]
 
 
 def _digest(*parts: str) -> str:
@@ -252,33 +315,40 @@ def _clang() -> str:
 # ---- other back ends
 
 
-def compile_ptx(source: str, arch: str = "sm_90", *, defines: Mapping[str, str] | None = None, only: str | None = None) -> str:
-    """Compiles a flattened source to PTX. An entry has the host name with other characters replaced by _, takes one
-    pointer for each buffer index from 0 to the largest, and then, for each threadgroup index, the offset of its memory
-    in dynamic shared memory."""
+def compile_ptx(
+    source: str,
+    arch: str = "sm_90",
+    *,
+    defines: Mapping[str, str] | None = None,
+    only: str | None = None,
+) -> str:
+    """Compiles a flattened source to PTX. An entry has the host name with other characters
+    replaced by _, takes one pointer for each buffer index from 0 to the largest, and then, for
+    each threadgroup index, the offset of its memory in dynamic shared memory."""
     translation = translate(preprocess(source, defines), "ptx", only)
-    flags = """-std=c++17 -O3 -w -nostdinc -nostdinc++ -gline-tables-only --target=nvptx64-nvidia-cuda -Xclang -target-feature
-        -Xclang +ptx80 -ffp-contract=fast -fsigned-char -Xclang -cl-single-precision-constant -S -x c++""".split()
     with tempfile.TemporaryDirectory() as scratch:
         unit, out = Path(scratch) / "kernels.cpp", Path(scratch) / "kernels.ptx"
-        text = translation.text
-        for attempt in range(8):
-            unit.write_text(text)
-            command = [_clang(), *flags, f"-march={arch}", "-include", str(SHIM), str(unit), "-o", str(out)]
-            ranges = ["-fdiagnostics-print-source-range-info", "-fno-caret-diagnostics", "-ferror-limit=0"]
-            ranges += ["-Xclang", "-fno-diagnostics-use-presumed-location"]
-            result = subprocess.run([*command, *ranges], capture_output=True, text=True)
-            if result.returncode == 0:
-                return out.read_text()
-            repaired = repair(text, result.stderr, str(unit))
-            if repaired == text:
-                break
-            text = repaired
-        raise CompileError(result.stderr)
+        command = [
+            _clang(),
+            *_PTX_FLAGS,
+            f"-march={arch}",
+            "-include",
+            str(SHIM),
+            str(unit),
+            "-o",
+            str(out),
+        ]
+        _, result = compile_with_repairs(command, translation.text, unit)
+        if result.returncode:
+            raise CompileError(result.stderr)
+        return out.read_text()
 
 
-def strict_check(source: str, *, defines: Mapping[str, str] | None = None, subset: bool = True) -> list[str]:
-    """What a Metal compiler, or with `subset` the rules of this project, would object to: empty if nothing."""
+def strict_check(
+    source: str, *, defines: Mapping[str, str] | None = None, subset: bool = True
+) -> list[str]:
+    """What a Metal compiler, or with `subset` the rules of this project, would object to: empty
+    if nothing."""
     from .msl.lint import lint
 
     try:
@@ -289,13 +359,19 @@ def strict_check(source: str, *, defines: Mapping[str, str] | None = None, subse
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("compile", "flatten", "check", "list", "ptx"):
         command = commands.add_parser(name)
-        command.add_argument("--source", required=True, help="a .metal file; - reads standard input")
+        command.add_argument(
+            "--source", required=True, help="a .metal file; - reads standard input"
+        )
         command.add_argument("-I", dest="include", action="append", default=[])
-        command.add_argument("-D", dest="define", action="append", default=[], metavar="NAME[=VALUE]")
+        command.add_argument(
+            "-D", dest="define", action="append", default=[], metavar="NAME[=VALUE]"
+        )
         if name == "compile":
             command.add_argument("--mode", choices=MODES, default="fast")
         if name in ("compile", "ptx"):
@@ -312,7 +388,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             shutil.copyfile(library, f"{options.out}.{os.getpid()}")
             os.replace(f"{options.out}.{os.getpid()}", options.out)
         elif options.command == "ptx":
-            Path(options.out).write_text(compile_ptx(source, options.arch, defines=defines, only=options.only))
+            Path(options.out).write_text(
+                compile_ptx(source, options.arch, defines=defines, only=options.only)
+            )
         elif options.command == "flatten":
             print(source)
         elif options.command == "check":

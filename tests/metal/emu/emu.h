@@ -1,13 +1,14 @@
 /* C ABI of a compiled kernel library (tests/metal/toolchain.py compile_library).
  *
- * A library is one self-contained shared object. Load it with dlopen(path, RTLD_NOW | RTLD_LOCAL), fetch the one
- * exported symbol EMU_API_SYMBOL with dlsym and call it:
+ * A library is one self-contained shared object. Load it with dlopen(path, RTLD_NOW | RTLD_LOCAL),
+ * fetch the one exported symbol EMU_API_SYMBOL with dlsym and call it:
  *
  *     const emu_api* api = ((emu_get_api_fn)dlsym(handle, EMU_API_SYMBOL))();
  *     if (api->abi_version != EMU_ABI_VERSION) ...
  *
- * All strings and tables live as long as the library is loaded. launch() may be called from any thread; launches of
- * one library run one after the other. A fault in a kernel is a return value, never an abort.
+ * All strings and tables live as long as the library is loaded. launch() may be called from any
+ * thread; launches of one library run one after the other. A fault in a kernel is a return value,
+ * never an abort.
  */
 #ifndef KVQ_EMU_H
 #define KVQ_EMU_H
@@ -49,7 +50,8 @@ typedef struct emu_kernel {
   const emu_param* params;
   uint32_t n_params;
   uint32_t max_threads; /* max_total_threads_per_threadgroup, else EMU_MAX_THREADS */
-  /* Function constants named by the kernel or by what it calls, as indices into emu_api::function_constants. */
+  /* Function constants named by the kernel or by what it calls, as indices into
+   * emu_api::function_constants. */
   const uint32_t* function_constants;
   uint32_t n_function_constants;
 } emu_kernel;
@@ -62,8 +64,9 @@ typedef struct emu_function_constant {
 } emu_function_constant;
 
 enum {
-  /* The kernel works on a copy between guard pages, which is written back afterwards. Without it the kernel works on
-   * `data` itself, and a stray access is seen only in the race and asan builds, or by guard pages of the caller. */
+  /* The kernel works on a copy between guard pages, which is written back afterwards. Without it
+   * the kernel works on `data` itself, and a stray access is seen only in the race and asan builds,
+   * or by guard pages of the caller. */
   EMU_BUFFER_COPY = 1,
 };
 
@@ -88,11 +91,14 @@ typedef struct emu_constant_value {
 enum {
   /* `grid` counts threads (dispatchThreads): the last threadgroups of an axis may be smaller. */
   EMU_LAUNCH_GRID_IN_THREADS = 1,
-  /* simd_* and quad_* among some lanes of a simdgroup run on those lanes, as Metal defines, instead of being a fault. */
+  /* simd_* and quad_* among some lanes of a simdgroup run on those lanes, as Metal defines, instead
+     of being a fault. */
   EMU_LAUNCH_PARTIAL_SIMD = 2,
-  /* Races between lanes of one simdgroup, which lock-step hides on hardware, are no fault (race build). */
+  /* Races between lanes of one simdgroup, which lock-step hides on hardware, are no fault (race
+     build). */
   EMU_LAUNCH_ALLOW_LOCKSTEP = 4,
-  /* Copied buffers start at a page boundary instead of ending at one: underruns fault instead of overruns. */
+  /* Copied buffers start at a page boundary instead of ending at one: underruns fault instead of
+     overruns. */
   EMU_LAUNCH_GUARD_LOW = 8,
 };
 
@@ -123,11 +129,13 @@ typedef struct emu_api {
   uint32_t n_kernels;
   const emu_function_constant* function_constants;
   uint32_t n_function_constants;
-  /* Runs a kernel to its end. On anything but EMU_OK a message is in error (NUL-terminated, cut to error_size). */
+  /* Runs a kernel to its end. On anything but EMU_OK a message is in error (NUL-terminated, cut to
+   * error_size). */
   emu_status (*launch)(const emu_launch* request, char* error, size_t error_size);
-  /* What pipeline creation would check: every function constant the kernel names has a value of the right size. */
-  emu_status (*check_constants)(const emu_kernel* kernel, const emu_constant_value* constants, uint32_t n_constants,
-                                char* error, size_t error_size);
+  /* What pipeline creation would check: every function constant the kernel names has a value of the
+   * right size. */
+  emu_status (*check_constants)(const emu_kernel* kernel, const emu_constant_value* constants,
+                                uint32_t n_constants, char* error, size_t error_size);
   /* Bytes of threadgroup variables declared in the kernel, as far as launches have met them. */
   uint32_t (*static_threadgroup_bytes)(const emu_kernel* kernel);
 } emu_api;

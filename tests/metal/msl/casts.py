@@ -1,8 +1,8 @@
-"""Constructors and casts of vectors: T(a, b), T{a, b}, (T)x and static_cast<T>(x) become msl_make<T>(...).
+"""Constructors and casts of vectors: T(a, b), T{a, b}, (T)x and static_cast<T>(x) become
+msl_make<T>(...).
 
-clang's ext vectors have no constructors, and a C-style cast between two of equal size reinterprets the bits. T is a
-vector, or a template parameter or alias that may name one.
-"""
+clang's ext vectors have no constructors, and a C-style cast between two of equal size
+reinterprets the bits. T is a vector, or a template parameter or alias that may name one."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ from .lexer import Source
 
 _ELEMENTS = "float half bfloat char uchar short ushort int uint long ulong bool".split()
 # half and bfloat: clang has no conversion between them.
-VECTORS = frozenset(f"{t}{n}" for t in _ELEMENTS for n in "234") | {"half", "bfloat"} | {
-    f"{t}_t{n}" for t in ("uint8", "int8", "uint16", "int16", "uint32", "int32") for n in "24"
-}
-_SCALARS = frozenset((*_ELEMENTS, "unsigned", "signed", "size_t", "uint8_t", "int8_t", "uint16_t", "int16_t"))
+VECTORS = (
+    frozenset(f"{t}{n}" for t in _ELEMENTS for n in "234")
+    | {"half", "bfloat"}
+    | {f"{t}_t{n}" for t in ("uint8", "int8", "uint16", "int16", "uint32", "int32") for n in "24"}
+)
+_SCALARS = frozenset(
+    (*_ELEMENTS, "unsigned", "signed", "size_t", "uint8_t", "int8_t", "uint16_t", "int16_t")
+)
 _KEYWORDS = frozenset(("return", "else", "case", "do", "co_return"))
 _RELATIONS = frozenset(("<", ">", "<=", ">=", "==", "!="))
 _UNARY = frozenset(("-", "+", "!", "~", "*", "&", "++", "--"))
@@ -36,7 +40,11 @@ class _Casts:
         aliases: set[str] = set()
         templates = {"vec"}
         for i, token in enumerate(code):
-            if token.text in ("typename", "class") and source.is_name(i + 1) and source.is_(i + 2, ",", ">", "="):
+            if (
+                token.text in ("typename", "class")
+                and source.is_name(i + 1)
+                and source.is_(i + 2, ",", ">", "=")
+            ):
                 parameters.add(code[i + 1].text)
             elif token.text == "using" and source.is_name(i + 1) and source.is_(i + 2, "="):
                 (templates if source.is_(i - 1, ">") else aliases).add(code[i + 1].text)
@@ -134,16 +142,27 @@ class _Casts:
             code[end + 1].text, code[close].text = "(", ")"
 
     def _is_call(self, paren: int, before: object) -> bool:
-        """Whether T( starts an expression rather than a declarator such as T (&a)[4] or a function type T(T)."""
+        """Whether T( starts an expression rather than a declarator such as T (&a)[4] or a
+        function type T(T)."""
         source = self.source
         close = source.closing(paren)
         if source.is_(paren + 1, "*", "&") and source.is_(close + 1, "(", "["):
             return False
-        if source.is_(paren + 1, "*", "&", "thread", "device", "threadgroup", "constant") and source.is_(paren + 2, ")"):
+        if source.is_(
+            paren + 1, "*", "&", "thread", "device", "threadgroup", "constant"
+        ) and source.is_(paren + 2, ")"):
             return False
         inner = self.source.code[paren + 1].text
-        is_type = inner in self.types or inner in _SCALARS or inner in ("const", "thread", "device", "constant", "threadgroup")
-        if is_type and source.is_(paren + 2, ",", ")", "*", "&") and getattr(before, "text", "") in ("<", ",", "="):
+        is_type = (
+            inner in self.types
+            or inner in _SCALARS
+            or inner in ("const", "thread", "device", "constant", "threadgroup")
+        )
+        if (
+            is_type
+            and source.is_(paren + 2, ",", ")", "*", "&")
+            and getattr(before, "text", "") in ("<", ",", "=")
+        ):
             return not source.is_(paren + 2, ")", ",")  # a function type as template argument
         return True
 
@@ -156,7 +175,8 @@ class _Casts:
         if not source.is_(close + 1, ";") or close == paren + 1:
             return
         if first.kind == "name" and (
-            source.is_name(paren + 2) or first.text in ("const", "thread", "device", "constant", "threadgroup")
+            source.is_name(paren + 2)
+            or first.text in ("const", "thread", "device", "constant", "threadgroup")
         ):
             return  # parameters of a function declaration
         if first.text in VECTORS | _SCALARS and not source.is_(paren + 2, "("):
@@ -197,7 +217,9 @@ class _Casts:
             if before.text in (")", "]"):
                 return
         after = code[close + 1]
-        if not (after.kind in ("name", "number") or after.text in ("(", "-", "+", "!", "~", "*", "&")):
+        if not (
+            after.kind in ("name", "number") or after.text in ("(", "-", "+", "!", "~", "*", "&")
+        ):
             return
         last = code[close - 1].text
         if after.text in ("-", "+", "*", "&") and last not in VECTORS and last != ">":
@@ -205,7 +227,11 @@ class _Casts:
                 return
         end = self._operand_end(close + 1)
         maker = "msl_make"
-        if after.text == "(" and end == source.closing(close + 1) and self._is_comparison(close + 1):
+        if (
+            after.text == "("
+            and end == source.closing(close + 1)
+            and self._is_comparison(close + 1)
+        ):
             maker = "msl_make_from_comparison"
         code[i].text = f"{maker}<"
         code[close].text = ">("
@@ -221,7 +247,9 @@ class _Casts:
             if source.is_(i, "("):
                 close = source.closing(i)
                 inner = source.code[i + 1].text
-                names_type = self._type_range(i + 1, close) or (close == i + 2 and inner in _SCALARS)
+                names_type = self._type_range(i + 1, close) or (
+                    close == i + 2 and inner in _SCALARS
+                )
                 follows = source.code[close + 1]
                 if names_type and (follows.kind in ("name", "number") or follows.text == "("):
                     i = close + 1

@@ -1,4 +1,5 @@
-"""Kernel functions: their parameters, their instantiations, and the entry points written for them."""
+"""Kernel functions: their parameters, their instantiations, and the entry points written for
+them."""
 
 from __future__ import annotations
 
@@ -9,10 +10,11 @@ from dataclasses import dataclass, field
 from .lexer import Source, string_value
 
 POSITIONS = frozenset(
-    """thread_position_in_grid thread_position_in_threadgroup threadgroup_position_in_grid threads_per_threadgroup
-    dispatch_threads_per_threadgroup threadgroups_per_grid threads_per_grid grid_size grid_origin
-    thread_index_in_threadgroup thread_index_in_simdgroup simdgroup_index_in_threadgroup simdgroups_per_threadgroup
-    dispatch_simdgroups_per_threadgroup threads_per_simdgroup thread_execution_width thread_index_in_quadgroup
+    """thread_position_in_grid thread_position_in_threadgroup threadgroup_position_in_grid
+    threads_per_threadgroup dispatch_threads_per_threadgroup threadgroups_per_grid
+    threads_per_grid grid_size grid_origin thread_index_in_threadgroup thread_index_in_simdgroup
+    simdgroup_index_in_threadgroup simdgroups_per_threadgroup dispatch_simdgroups_per_threadgroup
+    threads_per_simdgroup thread_execution_width thread_index_in_quadgroup
     quadgroup_index_in_threadgroup quadgroups_per_threadgroup""".split()
 )
 
@@ -48,9 +50,11 @@ class Instance:
     uses: list[str] = field(default_factory=list)  # function constants
 
 
-def find_kernels(source: Source, target: str, only: str | None) -> tuple[dict[str, Kernel], list[Instance]]:
-    """Records every kernel, takes its attributes out of the text, and writes an entry point after each kernel and in
-    the place of each explicit instantiation."""
+def find_kernels(
+    source: Source, target: str, only: str | None
+) -> tuple[dict[str, Kernel], list[Instance]]:
+    """Records every kernel, takes its attributes out of the text, and writes an entry point after
+    each kernel and in the place of each explicit instantiation."""
     finder = _Finder(source, target, only)
     finder.run()
     return finder.kernels, finder.instances
@@ -144,7 +148,8 @@ class _Finder:
         if header_at is not None and max_threads:
             template = re.sub(r"\bstatic\b|\binline\b", "", header)
             source.code[header_at].prefix = (
-                f"{template} struct msl_threads_of_{name} {{ static constexpr uint value = ({max_threads}); }}; "
+                f"{template} struct msl_threads_of_{name} "
+                f"{{ static constexpr uint value = ({max_threads}); }}; "
                 + source.code[header_at].prefix
             )
         end = source.closing(body)
@@ -177,8 +182,10 @@ class _Finder:
             if source.is_attribute(i):
                 name_at = i - 1 if name_at is None else name_at
                 end = source.closing(i)
-                for a, b in source.split(i + 2, end - 1):
-                    argument = source.text(a + 2, source.closing(a + 1)) if source.is_(a + 1, "(") else ""
+                for a, _ in source.split(i + 2, end - 1):
+                    argument = (
+                        source.text(a + 2, source.closing(a + 1)) if source.is_(a + 1, "(") else ""
+                    )
                     attributes[source.code[a].text] = argument
                 i = end
             i += 1
@@ -189,14 +196,24 @@ class _Finder:
         name = source.code[name_at].text
         declaration = source.text(start, name_at + 1)
         condition = attributes.pop("function_constant", None)
-        for harmless in ("access", "raster_order_group", "maybe_unused", "alignas", "max_total_threads_per_threadgroup"):
+        for harmless in (
+            "access",
+            "raster_order_group",
+            "maybe_unused",
+            "alignas",
+            "max_total_threads_per_threadgroup",
+        ):
             attributes.pop(harmless, None)
         if not attributes:
             if not is_array and not re.search(r"[*&]", declaration):
-                raise source.fail(start, f"kernel {kernel}: parameter without attribute: {declaration}")
+                raise source.fail(
+                    start, f"kernel {kernel}: parameter without attribute: {declaration}"
+                )
             return Parameter(name, "buffer", "", condition, declaration)
         if len(attributes) != 1:
-            raise source.fail(start, f"kernel {kernel}: attributes not understood: {', '.join(attributes)}")
+            raise source.fail(
+                start, f"kernel {kernel}: attributes not understood: {', '.join(attributes)}"
+            )
         ((attribute, index),) = attributes.items()
         if attribute not in ("buffer", "threadgroup") and attribute not in POSITIONS:
             raise source.fail(start, f"kernel {kernel}: [[{attribute}]] is not supported")
@@ -212,7 +229,9 @@ class _Finder:
                 if p.index == "":
                     p.index = str(max((int(u, 0) for u in used if u.isdigit()), default=-1) + 1)
                 if p.index in used and not p.condition:
-                    raise self.source.fail(at, f"kernel {kernel}: {attribute}({p.index}) is used twice")
+                    raise self.source.fail(
+                        at, f"kernel {kernel}: {attribute}({p.index}) is used twice"
+                    )
                 used.add(p.index)
 
     def _instantiation(self, i: int) -> int:
@@ -280,7 +299,11 @@ class _Finder:
             if source.is_attribute(i):
                 stop = i
                 break
-        if source.is_name(stop - 1) and stop - start > 1 and not source.is_(stop - 2, "const", "device", "constant"):
+        if (
+            source.is_name(stop - 1)
+            and stop - start > 1
+            and not source.is_(stop - 2, "const", "device", "constant")
+        ):
             stop -= 1
         return source.text(start, stop)
 
@@ -300,7 +323,10 @@ class _Finder:
             return self._ptx_entry(id_, function, specs, kernel)
         named = ", ".join(
             "{{{}, {}}}".format(
-                f'"{p.name}"', f"+[]() -> bool {{ return msl_constant_{p.condition}(); }}" if p.condition else "nullptr"
+                f'"{p.name}"',
+                f"+[]() -> bool {{ return msl_constant_{p.condition}(); }}"
+                if p.condition
+                else "nullptr",
             )
             for p in kernel.parameters
         )
@@ -329,10 +355,9 @@ class _Finder:
         )
 
 
-def function_constant_uses(
-    source: Source, constants: list[str], derived: set[str]
-) -> Callable[[str], list[str]]:
-    """A function from an instantiation to the function constants that it reaches by name."""
+def function_constant_uses(source: Source, constants: list[str]) -> Callable[[str], list[str]]:
+    """A function from an instantiation to the function constants that it reaches: by the calls
+    that stand for them, through the names of functions, types and constants."""
     bodies: dict[str, set[str]] = {}
     begin, i, code = 0, 0, source.code
     while i < len(code):
@@ -340,21 +365,13 @@ def function_constant_uses(
         if text == "(":
             i = source.closing(i)
         elif text in (";", "{", "}"):
-            end = i
-            if text == "{":
-                is_scope = source.is_(begin, "namespace", "extern")
-                end = i if is_scope else source.closing(i)
-            names = {t.text for t in code[begin : end + 1] if t.kind == "name"}
-            for j in range(begin, i + 1):
-                head = code[j]
-                if head.kind == "name" and (
-                    source.is_(j + 1, "(", "=", "{", ":") or source.is_(j - 1, "struct", "class", "using", "enum")
-                ):
-                    bodies.setdefault(head.text, set()).update(names)
-                elif head.kind == "name" and head.text.startswith("MSL_INLINE"):
-                    match = re.search(r"msl_constant_(\w+)\(\)", head.text)
-                    if match:
-                        bodies.setdefault(match.group(1), set()).update(names)
+            is_scope = source.is_(begin, "namespace", "extern")
+            end = source.closing(i) if text == "{" and not is_scope else i
+            names = set()
+            for token in code[begin : end + 1]:
+                names.update(re.findall(r"[A-Za-z_]\w*", token.text))
+            for name in _declared(source, begin, i):
+                bodies.setdefault(name, set()).update(names)
             begin = end + 1
             i = end
         i += 1
@@ -366,6 +383,26 @@ def function_constant_uses(
             name = todo.pop()
             seen.add(name)
             todo |= bodies.get(name, set()) - seen
-        return [c for c in constants if c in seen]
+        return [c for c in constants if {f"msl_constant_{c}", f"msl_defined_{c}"} & seen]
 
     return reach
+
+
+def _declared(source: Source, start: int, stop: int) -> list[str]:
+    """Names that the declaration at start..stop declares, outside its template and parameters."""
+    names, i = [], start
+    while i <= stop:
+        token = source.code[i]
+        if token.text.startswith("MSL_INLINE"):
+            names += re.findall(r"msl_constant_\w+", token.text)
+        elif token.text == "<":
+            i = source.closing_angle(i) or i
+        elif token.kind == "name" and (
+            source.is_(i + 1, "(", "=", "{", ":", "[")
+            or source.is_(i - 1, "struct", "class", "using", "enum")
+        ):
+            names.append(token.text)
+        if source.is_(i, "("):
+            i = source.closing(i)
+        i += 1
+    return names

@@ -1,4 +1,5 @@
-"""Tokens of a preprocessed Metal source, editable in place: the text in between (and so every line) stays."""
+"""Tokens of a preprocessed Metal source, editable in place: the text in between (and so every
+line) stays."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ class TranslationError(Exception):
 
 @dataclass(slots=True, eq=False)
 class Token:
-    """One token. Edits go to `prefix`, `text` and `suffix`; `line` is that of the source the user sees."""
+    """One token. Edits go to `prefix`, `text` and `suffix`; `line` is that of the source the user
+    sees."""
 
     kind: str
     text: str
@@ -42,7 +44,8 @@ class Token:
 
 
 class Source:
-    """All tokens of a file, and in `code` those that mean something (no white space, comments or directives)."""
+    """All tokens of a file, and in `code` those that mean something (no white space, comments or
+    directives)."""
 
     def __init__(self, text: str) -> None:
         self.tokens: list[Token] = []
@@ -109,7 +112,8 @@ class Source:
         raise self.fail(i, f"unbalanced {close}")
 
     def closing_angle(self, i: int) -> int | None:
-        """Index of the > that closes the template arguments opened at i, or None where < is a comparison."""
+        """Index of the > that closes the template arguments opened at i, or None where < is a
+        comparison."""
         depth = 0
         j = i
         while j < len(self.code):
@@ -150,7 +154,8 @@ class Source:
         return self.is_(i, "[") and self.is_(i + 1, "[")
 
     def split(self, start: int, stop: int) -> list[tuple[int, int]]:
-        """Ranges between the commas of start..stop-1 that are outside brackets and template arguments."""
+        """Ranges between the commas of start..stop-1 that are outside brackets and template
+        arguments."""
         parts, begin, i = [], start, start
         while i < stop:
             text = self.code[i].text

@@ -1,8 +1,9 @@
-"""The strict check: what a Metal compiler would object to, and the subset of Metal that this project keeps to.
+"""The strict check: what a Metal compiler would object to, and the subset of Metal that this
+project keeps to.
 
-Four sources of objections: the translation; clang with address spaces and Metal's overload sets (no conversions between
-address spaces, no ambiguous calls); rules on tokens; rules on the syntax tree (syntax_rules.py).
-"""
+Four sources of objections: the translation; clang with address spaces and Metal's overload sets
+(no conversions between address spaces, no ambiguous calls); rules on tokens; rules on the syntax
+tree (syntax_rules.py)."""
 
 from __future__ import annotations
 
@@ -14,17 +15,28 @@ from pathlib import Path
 from .. import requirements
 from .kernels import Instance
 from .lexer import Source
-from .repair import repair
+from .repair import compile_with_repairs
 from .translate import TranslationError, translate
 
 _SHIM = Path(__file__).resolve().parent.parent / "emu" / "shim" / "entry.h"
-_BASE = ["-nostdinc", "-nostdinc++", "-fno-exceptions", "-fno-rtti", "-fsigned-char", "-DMSL_STRICT", "-x", "c++"]
+_BASE = [
+    "-nostdinc",
+    "-nostdinc++",
+    "-fno-exceptions",
+    "-fno-rtti",
+    "-fsigned-char",
+    "-DMSL_STRICT",
+    "-x",
+    "c++",
+]
 _BASE += ["-Xclang", "-cl-single-precision-constant", "-ferror-limit=0", "-Wno-unknown-pragmas"]
 _METAL = ["-std=c++17", "-w"]
-_SUBSET = """-std=c++14 -Werror=c++17-extensions -Wall -Wextra -Werror -Wvla -Wshadow -Wconversion -Wfloat-conversion
-    -Waddress-of-packed-member -Wno-unused -Wno-unused-parameter -Wno-sign-conversion -Wno-implicit-int-float-conversion
-    -Wno-undefined-internal -Wno-undefined-inline -Wno-duplicate-decl-specifier -Wno-ignored-qualifiers
-    -Wno-sign-compare""".split()
+_SUBSET = """
+    -std=c++14 -Werror=c++17-extensions -Wall -Wextra -Werror -Wvla -Wshadow -Wconversion
+    -Wfloat-conversion -Waddress-of-packed-member -Wno-unused -Wno-unused-parameter
+    -Wno-sign-conversion -Wno-implicit-int-float-conversion -Wno-undefined-internal
+    -Wno-undefined-inline -Wno-duplicate-decl-specifier -Wno-ignored-qualifiers -Wno-sign-compare
+    """.split()
 MAX_THREADGROUP_BYTES = 32768
 
 # Words that Metal has no use for, and those that the subset avoids.
@@ -95,25 +107,28 @@ def _compile(text: str, subset: bool) -> tuple[str, list[str]]:
     qualified = "MSL_QUALIFIED_METHOD" in text
     with tempfile.TemporaryDirectory() as scratch:
         unit = Path(scratch) / "kernels.cpp"
-        command = [compiler, *(_SUBSET if subset else _METAL), *_BASE, "-fsyntax-only", "-include", str(_SHIM), str(unit)]
-        ranges = ["-fdiagnostics-print-source-range-info", "-fno-caret-diagnostics"]
-        ranges += ["-Xclang", "-fno-diagnostics-use-presumed-location"]
-        for _ in range(8):
-            unit.write_text(text)
-            result = subprocess.run([*command, *ranges], capture_output=True, text=True)
-            if result.returncode == 0:
-                return text, []
-            repaired = repair(text, result.stderr, str(unit), copies_only=not qualified)
-            if repaired == text:
-                break
-            text = repaired
-        result = subprocess.run([*command, "-fno-caret-diagnostics"], capture_output=True, text=True)
+        command = [
+            compiler,
+            *(_SUBSET if subset else _METAL),
+            *_BASE,
+            "-fsyntax-only",
+            "-include",
+            str(_SHIM),
+            str(unit),
+        ]
+        text, result = compile_with_repairs(command, text, unit, copies_only=not qualified)
+        if result.returncode == 0:
+            return text, []
+        result = subprocess.run(
+            [*command, "-fno-caret-diagnostics"], capture_output=True, text=True
+        )
         errors = re.findall(r"^(.*?:\d+):\d+: (?:fatal )?error: (.*)$", result.stderr, flags=re.M)
         messages = [f"{Path(place).name}: {message}" for place, message in errors]
         return text, messages or [result.stderr.strip() or "does not compile"]
 
 
-# ---- threadgroup memory: clang lays the variables of every instance out; their sizes are read from its output
+# ---- threadgroup memory: clang lays the variables of every instance out; their sizes are read
+# from its output
 
 _SIZES = {"half": 2, "bfloat": 2, "float": 4, "double": 8, "ptr": 8}
 
@@ -122,7 +137,16 @@ def _threadgroup_memory(text: str, instances: list[Instance]) -> list[str]:
     with tempfile.TemporaryDirectory() as scratch:
         unit = Path(scratch) / "kernels.cpp"
         unit.write_text(text)
-        command = [requirements.clang() or "", *_METAL, *_BASE, "-S", "-emit-llvm", "-O0", "-Xclang", "-disable-llvm-passes"]
+        command = [
+            requirements.clang() or "",
+            *_METAL,
+            *_BASE,
+            "-S",
+            "-emit-llvm",
+            "-O0",
+            "-Xclang",
+            "-disable-llvm-passes",
+        ]
         result = subprocess.run(
             [*command, "-include", str(_SHIM), str(unit), "-o", "-"], capture_output=True, text=True
         )
@@ -130,7 +154,10 @@ def _threadgroup_memory(text: str, instances: list[Instance]) -> list[str]:
         return []
     types = dict(re.findall(r'^(%"?[\w.:<>, ]+"?) = type (.*)$', result.stdout, flags=re.M))
     totals: dict[str, int] = {}
-    pattern = r'^@"?([\w.$]+)"? = [^\n]*addrspace\(3\) global (.*?) (?:undef|zeroinitializer|poison)(?:, [^\n]*)?$'
+    pattern = (
+        r'^@"?([\w.$]+)"? = [^\n]*addrspace\(3\) global (.*?) '
+        r"(?:undef|zeroinitializer|poison)(?:, [^\n]*)?$"
+    )
     for name, kind in re.findall(pattern, result.stdout, flags=re.M):
         local = re.match(r"_ZZ(.*)E\d*[A-Za-z_]\w*?(?:_\d+)?$", name)
         owner = local.group(1) if local else name
@@ -138,8 +165,18 @@ def _threadgroup_memory(text: str, instances: list[Instance]) -> list[str]:
     problems = []
     for owner, total in totals.items():
         if total > MAX_THREADGROUP_BYTES:
-            base = next((i.kernel.name for i in instances if f"{len(i.kernel.name)}{i.kernel.name}" in owner), owner)
-            problems.append(f"kernel {base}: {total} bytes of threadgroup memory, the limit is {MAX_THREADGROUP_BYTES}")
+            base = next(
+                (
+                    i.kernel.name
+                    for i in instances
+                    if f"{len(i.kernel.name)}{i.kernel.name}" in owner
+                ),
+                owner,
+            )
+            problems.append(
+                f"kernel {base}: {total} bytes of threadgroup memory, "
+                f"the limit is {MAX_THREADGROUP_BYTES}"
+            )
     return problems
 
 

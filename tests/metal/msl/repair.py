@@ -1,14 +1,23 @@
 """Repairs after a failed compilation: what Metal allows between address spaces and C++ does not.
 
-Metal copies structs from and to any address space, and calls address-space-qualified methods. clang in C++ mode says
-exactly where it will not; there the expression is wrapped in msl_flat, which refers to the same object.
-"""
+Metal copies structs from and to any address space, and calls address-space-qualified methods.
+clang in C++ mode says exactly where it will not; there the expression is wrapped in msl_flat,
+which refers to the same object."""
 
 from __future__ import annotations
 
 import re
+import subprocess
+from pathlib import Path
 
-_ERROR = re.compile(r"^(?P<file>[^\n:]*):(?P<line>\d+):(?P<column>\d+):(?P<ranges>(?:\{[^}]*\})*):? error: (?P<message>.*)$")
+_RANGES = """
+    -fdiagnostics-print-source-range-info -fno-caret-diagnostics -ferror-limit=0
+    -Xclang -fno-diagnostics-use-presumed-location
+    """.split()
+_ERROR = re.compile(
+    r"^(?P<file>[^\n:]*):(?P<line>\d+):(?P<column>\d+):"
+    r"(?P<ranges>(?:\{[^}]*\})*):? error: (?P<message>.*)$"
+)
 _RANGE = re.compile(r"\{(\d+):(\d+)-(\d+):(\d+)\}")
 _KINDS = (
     "no matching constructor for initialization of",
@@ -29,15 +38,37 @@ _KINDS = (
     "cannot bind reference",
     "no viable function",
 )
-_COPIES = ("no matching constructor for initialization of", "no viable overloaded '='", "no viable constructor copying")
-_SPACES = re.compile(r"__global|__local|__constant|MSL_(device|constant|threadgroup)|address_space\(|address space")
+_COPIES = (
+    "no matching constructor for initialization of",
+    "no viable overloaded '='",
+    "no viable constructor copying",
+)
+_SPACES = re.compile(
+    r"__global|__local|__constant|MSL_(device|constant|threadgroup)|address_space\(|address space"
+)
+
+
+def compile_with_repairs(
+    command: list[str], text: str, unit: Path, copies_only: bool = False
+) -> tuple[str, subprocess.CompletedProcess[str]]:
+    """Runs the compiler on `unit`, repairing as long as that helps. Returns the text and the last
+    result, whose messages have lines of the text itself."""
+    while True:
+        unit.write_text(text)
+        result = subprocess.run([*command, *_RANGES], capture_output=True, text=True)
+        if result.returncode == 0:
+            return text, result
+        repaired = repair(text, result.stderr, str(unit), copies_only)
+        if repaired == text:
+            return text, result
+        text = repaired
 
 
 def repair(text: str, diagnostics: str, file: str, copies_only: bool = False) -> str:
     """The text with msl_flat around each expression that an error blames on its address space.
 
-    With copies_only, calls of methods stay errors: Metal allows them only on methods qualified with the address space.
-    """
+    With copies_only, calls of methods stay errors: Metal allows them only on methods qualified
+    with the address space."""
     errors = _errors(diagnostics, file)
     wraps: set[tuple[int, int]] = set()
     starts = _line_starts(text)
@@ -82,7 +113,12 @@ def _line_starts(text: str) -> list[int]:
 
 
 def _expressions(
-    text: str, starts: list[int], message: str, line: int, column: int, ranges: list[tuple[int, ...]]
+    text: str,
+    starts: list[int],
+    message: str,
+    line: int,
+    column: int,
+    ranges: list[tuple[int, ...]],
 ) -> list[tuple[int, int]]:
     """Which stretches of the text to wrap."""
 
@@ -96,7 +132,11 @@ def _expressions(
         span = next((s for s in spans if s[0] == at), spans[0] if spans else None)
         end = span[1] if span else _primary_end(text, at)
         return [(at, end)]
-    if "no matching constructor" in message or "no viable constructor" in message or "no viable conversion" in message:
+    if (
+        "no matching constructor" in message
+        or "no viable constructor" in message
+        or "no viable conversion" in message
+    ):
         return [s for s in spans if s[0] != at] or spans[-1:]
     return spans
 
@@ -110,7 +150,11 @@ def _apply(text: str, wraps: set[tuple[int, int]]) -> str:
     inserts: list[tuple[int, int, str]] = []
     for begin, end in wraps:
         piece = text[begin:end]
-        if not piece.strip() or "{" in piece or "msl_flat(" in (piece[:9], text[max(0, begin - 9) : begin]):
+        if (
+            not piece.strip()
+            or "{" in piece
+            or "msl_flat(" in (piece[:9], text[max(0, begin - 9) : begin])
+        ):
             continue
         # pointer->method() : the object is what the pointer points to
         if text[end : end + 2] == "->":

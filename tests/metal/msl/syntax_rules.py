@@ -18,7 +18,8 @@ _DEBIAN = Path("/usr/lib/python3/dist-packages/clang")
 
 @functools.cache
 def _cindex() -> ModuleType:
-    """clang.cindex: installed, or that of the Debian package, which a virtual environment does not see."""
+    """clang.cindex: installed, or that of the Debian package, which a virtual environment does
+    not see."""
     if importlib.util.find_spec("clang") is None:
         spec = importlib.util.spec_from_file_location(
             "clang", _DEBIAN / "__init__.py", submodule_search_locations=[str(_DEBIAN)]
@@ -74,7 +75,9 @@ class _Rules:
     def _place(self, cursor: Any) -> str:
         """File and line that the user sees: from the last line marker before the cursor."""
         before = self.text[: cursor.location.offset]
-        markers = list(re.finditer(r'^#\s*(?:line\s+)?(\d+)\s+"([^"]*)"[^\n]*\n', before, flags=re.M))
+        markers = list(
+            re.finditer(r'^#\s*(?:line\s+)?(\d+)\s+"([^"]*)"[^\n]*\n', before, flags=re.M)
+        )
         if not markers:
             return f"source:{cursor.location.line}"
         line = int(markers[-1].group(1)) + before[markers[-1].end() :].count("\n")
@@ -91,7 +94,11 @@ class _Rules:
             self._pointer(cursor)
         if kind == kinds.VAR_DECL:
             self._variable(cursor, function)
-        if kind in (kinds.CSTYLE_CAST_EXPR, kinds.CXX_REINTERPRET_CAST_EXPR, kinds.CXX_STATIC_CAST_EXPR):
+        if kind in (
+            kinds.CSTYLE_CAST_EXPR,
+            kinds.CXX_REINTERPRET_CAST_EXPR,
+            kinds.CXX_STATIC_CAST_EXPR,
+        ):
             self._cast(cursor)
         if kind == kinds.LAMBDA_EXPR:
             self._object(cursor, "lambda")
@@ -111,11 +118,14 @@ class _Rules:
         pointee = type_.get_pointee()
         if _kind(pointee.get_canonical()) in (kinds.FUNCTIONPROTO, kinds.FUNCTIONNOPROTO):
             self._object(cursor, "function pointer")
-        elif self._is_plain(pointee) and not re.search(r"\b(MSL_thread|auto)\b", self._declaration(cursor)):
+        elif self._is_plain(pointee) and not re.search(
+            r"\b(MSL_thread|auto)\b", self._declaration(cursor)
+        ):
             self._object(cursor, "pointer or reference without an address space")
 
     def _declaration(self, cursor: Any) -> str:
-        """From the start of the declaration to the name; the brackets of T (&a)[N] are part of it."""
+        """From the start of the declaration to the name; the brackets of T (&a)[N] are part of
+        it."""
         piece = self.text[max(0, cursor.location.offset - 240) : cursor.location.offset]
         piece = re.sub(r"\(\s*([*&]\s*)$", r" \1", piece)
         depth, i = 0, len(piece) - 1
@@ -140,10 +150,17 @@ class _Rules:
         while _kind(type_) in (kinds.CONSTANTARRAY, kinds.INCOMPLETEARRAY):
             type_ = type_.get_array_element_type()
         space = type_.get_address_space()
-        if function is None and cursor.semantic_parent.kind in (self.kind.TRANSLATION_UNIT, self.kind.NAMESPACE):
+        if function is None and cursor.semantic_parent.kind in (
+            self.kind.TRANSLATION_UNIT,
+            self.kind.NAMESPACE,
+        ):
             if space != 2 and not cursor.spelling.startswith("msl_"):
                 self._object(cursor, "a variable of the program is in the constant address space")
-        elif cursor.storage_class == self.cindex.StorageClass.STATIC and space != 3 and function is not None:
+        elif (
+            cursor.storage_class == self.cindex.StorageClass.STATIC
+            and space != 3
+            and function is not None
+        ):
             self._object(cursor, "static variable in a function")
         elif space == 3 and function is not None:
             before = self.text[: cursor.location.offset]
@@ -176,7 +193,9 @@ class _Rules:
     def _result(self, cursor: Any) -> None:
         kinds = self.cindex.TypeKind
         type_ = cursor.result_type
-        if _kind(type_) in (kinds.POINTER, kinds.LVALUEREFERENCE) and self._is_plain(type_.get_pointee()):
+        if _kind(type_) in (kinds.POINTER, kinds.LVALUEREFERENCE) and self._is_plain(
+            type_.get_pointee()
+        ):
             if "MSL_thread" not in self._declaration(cursor):
                 self._object(cursor, "returns a pointer or reference without an address space")
 

@@ -1,8 +1,7 @@
 """Metal Shading Language to C++ for the shim in emu/shim.
 
-The input is preprocessed and self-contained. Each pass edits tokens in place; C++ deduces every type, so a pass needs
-to know names and positions only.
-"""
+The input is preprocessed and self-contained. Each pass edits tokens in place; C++ deduces every
+type, so a pass needs to know names and positions only."""
 
 from __future__ import annotations
 
@@ -20,9 +19,12 @@ SPACES = ("device", "constant", "threadgroup", "thread")
 
 @dataclass
 class FunctionConstant:
+    """One [[function_constant(index)]]; optional where the source asks whether it is defined."""
+
     name: str
     type: str
     index: int
+    is_optional: bool = False
 
 
 @dataclass
@@ -35,17 +37,26 @@ class Translation:
     constants: list[FunctionConstant] = field(default_factory=list)
 
 
-def translate(preprocessed: str, target: Target = "emulator", only: str | None = None) -> Translation:
+def translate(
+    preprocessed: str, target: Target = "emulator", only: str | None = None
+) -> Translation:
     """Translates a source. `only` keeps the instantiations whose host_name it matches."""
     source = Source(preprocessed)
     constants = _function_constants(source)
     derived = _derived_constants(source, {c.name for c in constants})
     kernels, instances = find_kernels(source, target, only)
-    uses = function_constant_uses(source, [c.name for c in constants], derived)
-    for instance in instances:
-        conditions = [p.condition for p in instance.kernel.parameters if p.condition]
-        instance.uses = uses(" ".join((instance.expression, *conditions)))
     _replace_constants(source, {c.name for c in constants} | derived)
+    optional = {
+        t.text[len("msl_defined_") :] for t in source.code if t.text.startswith("msl_defined_")
+    }
+    for constant in constants:
+        constant.is_optional = constant.name in optional
+    uses = function_constant_uses(source, [c.name for c in constants])
+    for instance in instances:
+        conditions = [
+            f"msl_constant_{p.condition}" for p in instance.kernel.parameters if p.condition
+        ]
+        instance.uses = uses(" ".join((instance.expression, *conditions)))
     _attributes(source)
     _decay_array_parameters(source)
     _threadgroup_variables(source)
@@ -82,7 +93,9 @@ def _function_constants(source: Source) -> list[FunctionConstant]:
             expression = source.text(i + 4, source.closing(i + 3))
             if not re.fullmatch(r"[\s\d+*()xXa-fA-FuU-]+", expression):
                 raise source.fail(i, f"function_constant({expression}): the index is not a number")
-            index = int(eval(re.sub(r"(?<=\d)[uU]", "", expression), {"__builtins__": {}}))  # digits and operators only
+            index = int(
+                eval(re.sub(r"(?<=\d)[uU]", "", expression), {"__builtins__": {}})
+            )  # digits and operators only
             kind = " ".join(w for w in words if w and w not in _QUALIFIERS)
             constant = FunctionConstant(code[i - 1].text, kind, index)
             found.append(constant)
@@ -95,7 +108,8 @@ def _function_constants(source: Source) -> list[FunctionConstant]:
 
 
 def _derived_constants(source: Source, names: set[str]) -> set[str]:
-    """`constant T name = expression of function constants;` is evaluated when it is used, as they change by launch."""
+    """`constant T name = expression of function constants;` is evaluated when it is used, as they
+    change by launch."""
     derived: set[str] = set()
     if not names:
         return derived
@@ -120,7 +134,9 @@ def _derived_constants(source: Source, names: set[str]) -> set[str]:
                 names = names | {name}
                 for token in source.code[begin:equals]:
                     token.text = ""
-                source.code[begin].text = f"MSL_INLINE {' '.join(kind)} msl_constant_{name}() {{ return ("
+                source.code[
+                    begin
+                ].text = f"MSL_INLINE {' '.join(kind)} msl_constant_{name}() {{ return ("
                 source.code[equals].text = " "
                 source.code[i].text = "); }"
             begin = i + 1
@@ -143,7 +159,9 @@ def _replace_constants(source: Source, names: set[str]) -> None:
         return
     code = source.code
     declared: set[str] = set()
-    hidden: dict[str, int] = {}  # a parameter or variable of the same name hides the constant up to here
+    hidden: dict[
+        str, int
+    ] = {}  # a parameter or variable of the same name hides the constant up to here
     for i, token in enumerate(code):
         if token.text.startswith(("MSL_FUNCTION_CONSTANT(", "MSL_INLINE ")):
             declared |= names & set(re.findall(r"\w+", token.text.replace("msl_constant_", " ")))
@@ -165,7 +183,11 @@ def _declares(source: Source, i: int) -> bool:
     """Whether the name at i is being declared: it follows a type."""
     if source.is_name(i - 1):
         return not source.is_(i - 1, "return", "else", "case")
-    return source.is_(i - 1, "*", "&") and source.is_(i + 1, ",", ")", "=", "[") and source.is_name(i - 2)
+    return (
+        source.is_(i - 1, "*", "&")
+        and source.is_(i + 1, ",", ")", "=", "[")
+        and source.is_name(i - 2)
+    )
 
 
 def _scope_end(source: Source, i: int) -> int:
@@ -185,7 +207,8 @@ def _scope_end(source: Source, i: int) -> int:
 
 
 def _attributes(source: Source) -> None:
-    """Attributes that remain mean nothing to the emulator (unroll hints, positions repeated on helper functions)."""
+    """Attributes that remain mean nothing to the emulator (unroll hints, positions repeated on
+    helper functions)."""
     i = 0
     while i < len(source.code):
         if source.is_attribute(i):
@@ -197,7 +220,8 @@ def _attributes(source: Source) -> None:
 
 
 def _decay_array_parameters(source: Source) -> None:
-    """Parameter `constant T name[N]` to `constant T* name`: clang checks the address space before the array decays."""
+    """Parameter `constant T name[N]` to `constant T* name`: clang checks the address space before
+    the array decays."""
     code = source.code
     for i, token in enumerate(code):
         if token.text not in ("device", "constant", "threadgroup"):
@@ -221,10 +245,13 @@ def _decay_array_parameters(source: Source) -> None:
 
 
 def _threadgroup_variables(source: Source) -> None:
-    """`threadgroup T a[N], b;` in a function body to one MSL_THREADGROUP((T), name, (dimensions)) each."""
+    """`threadgroup T a[N], b;` in a function body to one MSL_THREADGROUP((T), name, (dimensions))
+    each."""
     code = source.code
     for i, token in enumerate(code):
-        if token.text not in ("threadgroup", "alignas") or not (i == 0 or source.is_(i - 1, "{", "}", ";", ":")):
+        if token.text not in ("threadgroup", "alignas") or not (
+            i == 0 or source.is_(i - 1, "{", "}", ";", ":")
+        ):
             continue
         end = i
         while not source.is_(end, ";"):
@@ -254,31 +281,42 @@ def _threadgroup_variables(source: Source) -> None:
         declarations = []
         for k, (start, stop) in enumerate(parts):
             at = name if k == 0 else start
-            declarations.append(f"MSL_THREADGROUP(({kind}), {code[at].text}, ({source.text(at + 1, stop)}))")
+            declarations.append(
+                f"MSL_THREADGROUP(({kind}), {code[at].text}, ({source.text(at + 1, stop)}))"
+            )
         source.erase(i, end)
         code[i].text = "; ".join(declarations)
     source.compact()
 
 
 def _constant_objects(source: Source) -> None:
-    """`constant T name(arguments);` of a class: its constructor would have to be qualified, so it loses the space."""
+    """`constant T name(arguments);` of a class: its constructor would have to be qualified, so it
+    loses the space."""
     for i, token in enumerate(source.code):
         if token.text != "constant" or not (i == 0 or source.is_(i - 1, ";", "}", "{", "static")):
             continue
         j = i + 1
         while source.is_name(j) or source.is_(j, "::"):
             j += 1
-        if source.is_(j, "(") and j - i >= 3 and source.is_(source.closing(j) + 1, ";") and not source.is_(j - 2, "::"):
+        if (
+            source.is_(j, "(")
+            and j - i >= 3
+            and source.is_(source.closing(j) + 1, ";")
+            and not source.is_(j - 2, "::")
+        ):
             token.text = "const" if source.is_(i - 1, "static") else "static const"
 
 
 def _method_qualifiers(source: Source) -> None:
-    """`void f() const device {`: C++ has no address space on methods. The qualifier goes, and of overloads that
-    differ in nothing else the first stays; calls on objects elsewhere are wrapped in msl_flat (toolchain.repair)."""
+    """`void f() const device {`: C++ has no address space on methods. The qualifier goes, and of
+    overloads that differ in nothing else the first stays; calls on objects elsewhere are wrapped
+    in msl_flat (toolchain.repair)."""
     code = source.code
     seen: set[tuple[int, str]] = set()
     for i, token in enumerate(code):
-        if token.text not in SPACES or not source.is_(i + 1, "{", ":", ";", "const", "volatile", "="):
+        if token.text not in SPACES or not source.is_(
+            i + 1, "{", ":", ";", "const", "volatile", "="
+        ):
             continue
         close = i - 1
         while source.is_(close, "const", "volatile"):
@@ -310,7 +348,8 @@ def _method_qualifiers(source: Source) -> None:
 
 
 def _literals(source: Source) -> None:
-    """Literals of half and bfloat: 1.0h, 0x1p-3h, 2bf. Strings, which are in the constant address space."""
+    """Literals of half and bfloat: 1.0h, 0x1p-3h, 2bf. Strings, which are in the constant address
+    space."""
     for i, token in enumerate(source.code):
         if token.kind == "string" and source.is_(i - 1, "(", ","):
             j = i
@@ -318,7 +357,11 @@ def _literals(source: Source) -> None:
                 j = source.opening(j) - 1 if source.is_(j, ")", "]", "}") else j - 1
             if not source.is_(j - 1, "static_assert"):
                 token.text = f"(MSL_constant char*)(ulong){token.text}"
-        match = re.fullmatch(r"(\d[\w.]*|\.\d[\w.+-]*|\d[\w.+-]*?)(h|H|bf|BF)", token.text) if token.kind == "number" else None
+        match = (
+            re.fullmatch(r"(\d[\w.]*|\.\d[\w.+-]*|\d[\w.+-]*?)(h|H|bf|BF)", token.text)
+            if token.kind == "number"
+            else None
+        )
         if not match or (token.text[:2] in ("0x", "0X") and "p" not in token.text.lower()):
             continue
         value, suffix = match.groups()
@@ -336,11 +379,12 @@ def _tables(instances: list[Instance], constants: list[FunctionConstant]) -> str
         lines.append(f"static const uint msl_uses_{instance.id}[] = {{{uses}}};")
     lines.append("const emu_kernel_entry emu_kernel_table[] = {")
     for instance in instances:
-        scope = instance.scope
+        scope, id_ = instance.scope, instance.id
+        params = f"{scope}msl_params_{id_}"
         lines.append(
-            f"  {{{{{instance.literal}, {scope}msl_params_{instance.id}.param, {scope}msl_params_{instance.id}.count, "
-            f"(uint)({scope}msl_threads_{instance.id}), msl_uses_{instance.id}, {len(instance.uses)}u}}, "
-            f"{scope}msl_run_{instance.id}, {scope}msl_params_{instance.id}.condition}},"
+            f"  {{{{{instance.literal}, {params}.param, {params}.count, "
+            f"(uint)({scope}msl_threads_{id_}), msl_uses_{id_}, {len(instance.uses)}u}}, "
+            f"{scope}msl_run_{id_}, {params}.condition}},"
         )
     if not instances:
         lines.append("  {}")
@@ -350,7 +394,7 @@ def _tables(instances: list[Instance], constants: list[FunctionConstant]) -> str
     for c in constants:
         lines.append(
             f'  {{{{"{c.name}", "{c.type}", {c.index}u, (uint)sizeof(msl_value_{c.name})}}, '
-            f"(void*)&msl_value_{c.name}, &msl_defined_{c.name}}},"
+            f"(void*)&msl_value_{c.name}, &msl_defined_{c.name}, {str(c.is_optional).lower()}}},"
         )
     if not constants:
         lines.append("  {}")

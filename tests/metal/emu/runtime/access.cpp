@@ -1,7 +1,8 @@
-// The race and asan builds report every load and store here, before it happens: clang's KernelAddressSanitizer
-// instrumentation with callbacks of our own. Bounds are checked in both builds. The race build keeps, per cell of
-// memory, the last write and the last two reads and asks whether a barrier lies between them and a new access. The asan
-// build adds arrays on a thread's stack and constant arrays, and undefined behaviour (ubsan.cpp).
+// The race and asan builds report every load and store here, before it happens: clang's
+// KernelAddressSanitizer instrumentation with callbacks of our own. Bounds are checked in both
+// builds. The race build keeps, per cell of memory, the last write and the last two reads and asks
+// whether a barrier lies between them and a new access. The asan build adds arrays on a thread's
+// stack and constant arrays, and undefined behaviour (ubsan.cpp).
 #include <link.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -26,8 +27,8 @@ namespace {
 
 uintptr_t image_low, image_high;  // this library: its constants and the runtime's own tables
 
-// A store is seen before it happens. Two threads storing the same value is no fault in practice, so such a clash is
-// kept until the next event, and dropped where the bytes have not changed.
+// A store is seen before it happens. Two threads storing the same value is no fault in practice, so
+// such a clash is kept until the next event, and dropped where the bytes have not changed.
 struct Pending {
   uintptr_t address;
   size_t size = 0;
@@ -43,10 +44,14 @@ inline uint64_t bits(const Mark& m) {
 
 const char* name_of(Access kind) {
   switch (kind) {
-    case Access::kRead: return "read";
-    case Access::kWrite: return "write";
-    case Access::kAtomicRead: return "atomic read";
-    default: return "atomic write";
+    case Access::kRead:
+      return "read";
+    case Access::kWrite:
+      return "write";
+    case Access::kAtomicRead:
+      return "atomic read";
+    default:
+      return "atomic write";
   }
 }
 
@@ -59,21 +64,25 @@ bool unordered(const Mark& a, const Mark& b, Space space) {
   return a.simd_barrier == b.simd_barrier && !(run_flags() & EMU_LAUNCH_ALLOW_LOCKSTEP);
 }
 
-std::string race_message(const Region& region, uintptr_t address, const char* mine, uintptr_t pc, const char* theirs,
-                         const Mark& other, uint other_pc, const Mark& me) {
-  const char* relation = other.threadgroup != me.threadgroup       ? "between threadgroups"
-                         : other.thread / kLanes != me.thread / kLanes ? "between simdgroups"
-                                                                       : "inside a simdgroup (lock-step hides it on hardware)";
+std::string race_message(const Region& region, uintptr_t address, const char* mine, uintptr_t pc,
+                         const char* theirs, const Mark& other, uint other_pc, const Mark& me) {
+  const char* relation = other.threadgroup != me.threadgroup ? "between threadgroups"
+                         : other.thread / kLanes != me.thread / kLanes
+                             ? "between simdgroups"
+                             : "inside a simdgroup (lock-step hides it on hardware)";
   char text[512];
-  snprintf(text, sizeof text, "RACE %s on %s at byte %zu: %s [pc 0x%lx] against %s by thread %u of threadgroup %u [pc 0x%x]",
-           relation, region.name.c_str(), (size_t)(address - region.low), mine, (ulong)pc, theirs, (uint)other.thread,
-           (uint)other.threadgroup, other_pc);
+  snprintf(text, sizeof text,
+           "RACE %s on %s at byte %zu: %s [pc 0x%lx] against %s by thread %u of threadgroup %u [pc "
+           "0x%x]",
+           relation, region.name.c_str(), (size_t)(address - region.low), mine, (ulong)pc, theirs,
+           (uint)other.thread, (uint)other.threadgroup, other_pc);
   return text;
 }
 
 Cell* make_cells(size_t count, size_t* bytes) {
   *bytes = count * sizeof(Cell);
-  return (Cell*)mmap(nullptr, *bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  return (Cell*)mmap(nullptr, *bytes, PROT_READ | PROT_WRITE,
+                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 }
 
 void refine(Region& region, uint granule) {
@@ -94,7 +103,8 @@ void check_race(Region& region, uintptr_t address, size_t size, Access kind, uin
   const bool is_write = kind == Access::kWrite || kind == Access::kAtomicWrite;
   const bool is_atomic = kind == Access::kAtomicRead || kind == Access::kAtomicWrite;
   const size_t offset = address - region.low;
-  if (!region.cells) region.cells = make_cells((region.high - region.low) / region.granule + 1, &region.cells_bytes);
+  if (!region.cells)
+    region.cells = make_cells((region.high - region.low) / region.granule + 1, &region.cells_bytes);
   while ((offset | size) & (region.granule - 1)) refine(region, region.granule / 2);
   const uint space = (uint)region.space, thread = emu_current->index_in_threadgroup;
   Mark me{};
@@ -110,8 +120,11 @@ void check_race(Region& region, uintptr_t address, size_t size, Access kind, uin
     const uintptr_t at = region.low + i * region.granule;
     if (unordered(cell.write, me, region.space)) {
       std::string message =
-          race_message(region, at, name_of(kind), pc, cell.write.atomic ? "atomic write" : "write", cell.write, cell.write_pc, me);
-      const bool may_be_equal = kind == Access::kWrite && cell.write.threadgroup == me.threadgroup && size <= sizeof pending.before;
+          race_message(region, at, name_of(kind), pc, cell.write.atomic ? "atomic write" : "write",
+                       cell.write, cell.write_pc, me);
+      const bool may_be_equal = kind == Access::kWrite &&
+                                cell.write.threadgroup == me.threadgroup &&
+                                size <= sizeof pending.before;
       if (!may_be_equal) fail("%s", message.c_str());
       if (!pending.size) {
         pending.address = address;
@@ -123,15 +136,20 @@ void check_race(Region& region, uintptr_t address, size_t size, Access kind, uin
     if (is_write) {
       for (int k = 0; k < 2; ++k)
         if (unordered(cell.read[k], me, region.space))
-          fail("%s", race_message(region, at, name_of(kind), pc, cell.read[k].atomic ? "atomic read" : "read",
-                                  cell.read[k], cell.read_pc[k], me).c_str());
+          fail("%s", race_message(region, at, name_of(kind), pc,
+                                  cell.read[k].atomic ? "atomic read" : "read", cell.read[k],
+                                  cell.read_pc[k], me)
+                         .c_str());
       cell.write = me;
       cell.write_pc = (uint)pc;
     } else {
-      if (region.space == Space::kThreadgroup && (!cell.write.valid || cell.write.threadgroup != me.threadgroup))
-        fail("UNINITIALISED read of %s at byte %zu [pc 0x%lx]", region.name.c_str(), (size_t)(at - region.low), (ulong)pc);
+      if (region.space == Space::kThreadgroup &&
+          (!cell.write.valid || cell.write.threadgroup != me.threadgroup))
+        fail("UNINITIALISED read of %s at byte %zu [pc 0x%lx]", region.name.c_str(),
+             (size_t)(at - region.low), (ulong)pc);
       const Mark& r = cell.read[0];
-      const bool keep = r.valid && r.thread != me.thread && r.threadgroup == me.threadgroup && r.barrier == me.barrier;
+      const bool keep = r.valid && r.thread != me.thread && r.threadgroup == me.threadgroup &&
+                        r.barrier == me.barrier;
       cell.read[keep] = me;
       cell.read_pc[keep] = (uint)pc;
     }
@@ -146,7 +164,8 @@ void settle() {
   if (!kRace || !pending.size) return;
   const size_t size = pending.size;
   pending.size = 0;
-  if (memcmp(pending.before, (const void*)pending.address, size) != 0) fail("%s", pending.message.c_str());
+  if (memcmp(pending.before, (const void*)pending.address, size) != 0)
+    fail("%s", pending.message.c_str());
 }
 
 void begin_checks() {
@@ -156,7 +175,7 @@ void begin_checks() {
       [](dl_phdr_info* info, size_t, void*) {
         uintptr_t low = ~(uintptr_t)0, high = 0;
         for (int i = 0; i < info->dlpi_phnum; ++i) {
-          const ElfW(Phdr)& header = info->dlpi_phdr[i];
+          const ElfW(Phdr) & header = info->dlpi_phdr[i];
           if (header.p_type != PT_LOAD) continue;
           low = std::min(low, (uintptr_t)(info->dlpi_addr + header.p_vaddr));
           high = std::max(high, (uintptr_t)(info->dlpi_addr + header.p_vaddr + header.p_memsz));
@@ -181,10 +200,12 @@ void check_access(uintptr_t address, size_t size, Access kind, uintptr_t pc) {
   if (Region* region = find_region(address)) {
     const char* place = region->name.c_str();
     if (address + size > region->high)
-      fail("OUT OF BOUNDS %s of %zu bytes at byte %zu of %s (%zu bytes) [pc 0x%lx]", name_of(kind), size,
-           (size_t)(address - region->low), place, (size_t)(region->high - region->low), (ulong)pc);
+      fail("OUT OF BOUNDS %s of %zu bytes at byte %zu of %s (%zu bytes) [pc 0x%lx]", name_of(kind),
+           size, (size_t)(address - region->low), place, (size_t)(region->high - region->low),
+           (ulong)pc);
     if (is_write && region->read_only)
-      fail("WRITE to the read-only %s at byte %zu [pc 0x%lx]", place, (size_t)(address - region->low), (ulong)pc);
+      fail("WRITE to the read-only %s at byte %zu [pc 0x%lx]", place,
+           (size_t)(address - region->low), (ulong)pc);
     if (kRace) check_race(*region, address, size, kind, pc);
     return;
   }
@@ -193,10 +214,12 @@ void check_access(uintptr_t address, size_t size, Access kind, uintptr_t pc) {
     return;
   }
   const uintptr_t zero = (uintptr_t)zero_page();
-  if (!is_write && address >= zero && address < zero + (1 << 16)) return;  // an optional buffer that is not there
+  if (!is_write && address >= zero && address < zero + (1 << 16))
+    return;  // an optional buffer that is not there
   const Region* region = nearest_region(address);
-  fail("OUT OF BOUNDS %s of %zu bytes at byte %ld of %s (%zu bytes) [pc 0x%lx]", name_of(kind), size,
-       region ? (long)(address - region->low) : 0, region ? region->name.c_str() : "no buffer",
+  fail("OUT OF BOUNDS %s of %zu bytes at byte %ld of %s (%zu bytes) [pc 0x%lx]", name_of(kind),
+       size, region ? (long)(address - region->low) : 0,
+       region ? region->name.c_str() : "no buffer",
        region ? (size_t)(region->high - region->low) : 0, (ulong)pc);
 }
 
@@ -208,27 +231,37 @@ using namespace emu;
 extern "C" {
 
 ulong emu_atomic_read(const volatile void* address, uint size) {
-  if (kRace || kAsan) check_access((uintptr_t)address, size, Access::kAtomicRead, EMU_RETURN_ADDRESS);
+  if (kRace || kAsan)
+    check_access((uintptr_t)address, size, Access::kAtomicRead, EMU_RETURN_ADDRESS);
   ulong value = 0;
   memcpy(&value, (const void*)address, size);
   return value;
 }
 void emu_atomic_write(volatile void* address, uint size, ulong value) {
-  if (kRace || kAsan) check_access((uintptr_t)address, size, Access::kAtomicWrite, EMU_RETURN_ADDRESS);
+  if (kRace || kAsan)
+    check_access((uintptr_t)address, size, Access::kAtomicWrite, EMU_RETURN_ADDRESS);
   memcpy((void*)address, &value, size);
 }
 
 #if defined(EMU_RACE) || defined(EMU_ASAN)
-#define EMU_ACCESS(n)                                                                                          \
-  void __asan_load##n##_noabort(uintptr_t a) { check_access(a, n, Access::kRead, EMU_RETURN_ADDRESS); }        \
-  void __asan_store##n##_noabort(uintptr_t a) { check_access(a, n, Access::kWrite, EMU_RETURN_ADDRESS); }
+#define EMU_ACCESS(n)                                       \
+  void __asan_load##n##_noabort(uintptr_t a) {              \
+    check_access(a, n, Access::kRead, EMU_RETURN_ADDRESS);  \
+  }                                                         \
+  void __asan_store##n##_noabort(uintptr_t a) {             \
+    check_access(a, n, Access::kWrite, EMU_RETURN_ADDRESS); \
+  }
 EMU_ACCESS(1)
 EMU_ACCESS(2)
 EMU_ACCESS(4)
 EMU_ACCESS(8)
 EMU_ACCESS(16)
-void __asan_loadN_noabort(uintptr_t a, size_t size) { check_access(a, size, Access::kRead, EMU_RETURN_ADDRESS); }
-void __asan_storeN_noabort(uintptr_t a, size_t size) { check_access(a, size, Access::kWrite, EMU_RETURN_ADDRESS); }
+void __asan_loadN_noabort(uintptr_t a, size_t size) {
+  check_access(a, size, Access::kRead, EMU_RETURN_ADDRESS);
+}
+void __asan_storeN_noabort(uintptr_t a, size_t size) {
+  check_access(a, size, Access::kWrite, EMU_RETURN_ADDRESS);
+}
 void* __asan_memcpy(void* to, const void* from, size_t size) {
   check_access((uintptr_t)from, size, Access::kRead, EMU_RETURN_ADDRESS);
   check_access((uintptr_t)to, size, Access::kWrite, EMU_RETURN_ADDRESS);

@@ -21,7 +21,8 @@ std::string kernel_prefix;
 std::string where() {
   char text[96];
   if (!emu_current) return "";
-  snprintf(text, sizeof text, "threadgroup %u, thread %u: ", group.threadgroup, emu_current->index_in_threadgroup);
+  snprintf(text, sizeof text, "threadgroup %u, thread %u: ", group.threadgroup,
+           emu_current->index_in_threadgroup);
   return text;
 }
 
@@ -41,10 +42,12 @@ void on_segv(int signal_number, siginfo_t* info, void* context) {
   const uintptr_t address = (uintptr_t)info->si_addr;
   char text[256];
   if (in_stack_guard(address)) {
-    snprintf(text, sizeof text, "OUT OF BOUNDS: the thread's stack is full (%zu bytes)", kStackSize);
+    snprintf(text, sizeof text, "OUT OF BOUNDS: the thread's stack is full (%zu bytes)",
+             kStackSize);
   } else if (const Region* region = nearest_region(address)) {
-    snprintf(text, sizeof text, "OUT OF BOUNDS access at byte %ld of %s (%zu bytes)", (long)(address - region->low),
-             region->name.c_str(), (size_t)(region->high - region->low));
+    snprintf(text, sizeof text, "OUT OF BOUNDS access at byte %ld of %s (%zu bytes)",
+             (long)(address - region->low), region->name.c_str(),
+             (size_t)(region->high - region->low));
   } else {
     snprintf(text, sizeof text, "OUT OF BOUNDS access at address %p", info->si_addr);
   }
@@ -70,7 +73,8 @@ void install_segv_handler() {
   stack_t existing;
   if (!alternate && sigaltstack(nullptr, &existing) == 0 && (existing.ss_flags & SS_DISABLE)) {
     constexpr size_t size = 64 << 10;
-    alternate = (char*)mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    alternate =
+        (char*)mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     stack_t stack = {};
     stack.ss_sp = alternate;
     stack.ss_size = size;

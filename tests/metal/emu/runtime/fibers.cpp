@@ -1,5 +1,5 @@
-// Threads of a threadgroup as fibers. They switch only where threads meet: barriers and simdgroup functions. A thread
-// that never waits runs on the stack of the one before it.
+// Threads of a threadgroup as fibers. They switch only where threads meet: barriers and simdgroup
+// functions. A thread that never waits runs on the stack of the one before it.
 #include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -53,7 +53,8 @@ alignas(64) char slots[kMaxSimdgroups][kLanes * 64];
 alignas(64) char results[kMaxSimdgroups][64];
 
 // Scheduling is in positions: a seed permutes simdgroups, and lanes within each.
-uint runnable[kMaxSimdgroups];  // per position of a simdgroup: lanes (by position) that are ready or not started
+uint runnable[kMaxSimdgroups];  // per position of a simdgroup: lanes (by position) that are ready
+                                // or not started
 uint runnable_groups;
 uint16_t thread_at[EMU_MAX_THREADS], position_of[EMU_MAX_THREADS];
 
@@ -132,20 +133,25 @@ std::string describe(const emu_site& site) {
       ++returned;
       continue;
     }
-    auto& entry = waits.try_emplace(std::string(states[t].operation) + " at " + describe(states[t].site), t, 0u).first->second;
+    auto& entry =
+        waits
+            .try_emplace(std::string(states[t].operation) + " at " + describe(states[t].site), t,
+                         0u)
+            .first->second;
     ++entry.second;
   }
   std::string text;
   for (const auto& [place, count] : waits) {
     char part[96];
-    snprintf(part, sizeof part, "%s%u thread%s (first %u) wait in ", text.empty() ? "" : "; ", count.second,
-             count.second == 1 ? "" : "s", count.first);
+    snprintf(part, sizeof part, "%s%u thread%s (first %u) wait in ", text.empty() ? "" : "; ",
+             count.second, count.second == 1 ? "" : "s", count.first);
     text += part + place;
   }
   fail("DIVERGENCE: %s; %u have returned", text.c_str(), returned);
 }
 
-// Runs the simdgroup function in which `active` lanes of a simdgroup wait, and lets all but `self` go on.
+// Runs the simdgroup function in which `active` lanes of a simdgroup wait, and lets all but `self`
+// go on.
 void complete(uint s, uint active, int self) {
   const uint first = s * kLanes + __builtin_ctz(active);
   for (uint lanes = active; lanes; lanes &= lanes - 1) {
@@ -163,7 +169,8 @@ void complete(uint s, uint active, int self) {
 }
 
 bool same_place(const ThreadState& a, const ThreadState& b) {
-  return a.pc == b.pc && a.site.line == b.site.line && a.site.column == b.site.column && a.operation == b.operation;
+  return a.pc == b.pc && a.site.line == b.site.line && a.site.column == b.site.column &&
+         a.operation == b.operation;
 }
 
 // Lanes of a simdgroup that wait where `thread` does.
@@ -176,8 +183,9 @@ uint lanes_with(uint s, const ThreadState& thread) {
   return mask;
 }
 
-// Nothing can run. Where that is allowed, lets the lanes of one simdgroup that wait in the same place go on without the
-// others. The lowest address goes first: code inside a loop or branch lies before the code where its lanes meet again.
+// Nothing can run. Where that is allowed, lets the lanes of one simdgroup that wait in the same
+// place go on without the others. The lowest address goes first: code inside a loop or branch lies
+// before the code where its lanes meet again.
 bool complete_partially() {
   if (!(run->flags & EMU_LAUNCH_PARTIAL_SIMD)) return false;
   bool any = false;
@@ -261,7 +269,8 @@ inline void start_thread(uint t) {
   for (int k = 0; k < 3; ++k) {
     thread.threadgroup_position[k] = group.position[k];
     thread.position_in_threadgroup[k] = position[k];
-    thread.position_in_grid[k] = group.position[k] * emu_now.nominal_threads_per_threadgroup[k] + position[k];
+    thread.position_in_grid[k] =
+        group.position[k] * emu_now.nominal_threads_per_threadgroup[k] + position[k];
   }
   thread.index_in_threadgroup = t;
   emu_current = &thread;
@@ -276,7 +285,8 @@ void finish_thread() {
   if (run->flags & EMU_LAUNCH_PARTIAL_SIMD) {
     if (simdgroup.waiting && simdgroup.waiting == simdgroup.live) {
       const uint first = __builtin_ctz(simdgroup.waiting);
-      if (lanes_with(s, states[s * kLanes + first]) == simdgroup.live) complete(s, simdgroup.live, -1);
+      if (lanes_with(s, states[s * kLanes + first]) == simdgroup.live)
+        complete(s, simdgroup.live, -1);
     }
   } else if (simdgroup.waiting && simdgroup.waiting == simdgroup.live) {
     const ThreadState& other = states[s * kLanes + __builtin_ctz(simdgroup.waiting)];
@@ -313,7 +323,9 @@ void worker() {
 
 }  // namespace
 
-bool in_fiber_stack(uintptr_t address) { return address - (uintptr_t)stacks < EMU_MAX_THREADS * kStackSize; }
+bool in_fiber_stack(uintptr_t address) {
+  return address - (uintptr_t)stacks < EMU_MAX_THREADS * kStackSize;
+}
 uintptr_t stacks_low() { return (uintptr_t)stacks; }
 bool in_stack_guard(uintptr_t address) {
   return in_fiber_stack(address) && (address - (uintptr_t)stacks) % kStackSize < kPage;
@@ -341,8 +353,8 @@ using namespace emu;
 
 extern "C" {
 
-const char* emu_simd_exchange(const char* name, const emu_site& site, const void* value, uint size, emu_reduce_fn reduce,
-                              uint* active) {
+const char* emu_simd_exchange(const char* name, const emu_site& site, const void* value, uint size,
+                              emu_reduce_fn reduce, uint* active) {
   settle();
   const uint t = current_thread, s = t / kLanes;
   Simdgroup& simdgroup = simdgroups[s];
@@ -355,17 +367,22 @@ const char* emu_simd_exchange(const char* name, const emu_site& site, const void
   state.size = size;
   state.reduce = reduce;
   if (!partial) {
-    // In one piece of source, inlined twice or unrolled, the same operation may have several addresses.
+    // In one piece of source, inlined twice or unrolled, the same operation may have several
+    // addresses.
     if (simdgroup.waiting) {
       const ThreadState& other = states[s * kLanes + __builtin_ctz(simdgroup.waiting)];
-      if (other.site.line != site.line || other.site.column != site.column || strcmp(other.operation, name) != 0)
-        fail("DIVERGENCE: %s at %s while its simdgroup is in %s at %s (Metal runs simdgroup functions on the active "
-             "lanes: EMU_LAUNCH_PARTIAL_SIMD does too)",
-             name, describe(site).c_str(), other.operation, describe(other.site).c_str());
+      if (other.site.line != site.line || other.site.column != site.column ||
+          strcmp(other.operation, name) != 0)
+        fail(
+            "DIVERGENCE: %s at %s while its simdgroup is in %s at %s (Metal runs simdgroup "
+            "functions on the active "
+            "lanes: EMU_LAUNCH_PARTIAL_SIMD does too)",
+            name, describe(site).c_str(), other.operation, describe(other.site).c_str());
     }
     if (simdgroup.live != simdgroup.lanes)
       fail("DIVERGENCE: %s at %s after %d of %d lanes have returned", name, describe(site).c_str(),
-           __builtin_popcount(simdgroup.lanes & ~simdgroup.live), __builtin_popcount(simdgroup.lanes));
+           __builtin_popcount(simdgroup.lanes & ~simdgroup.live),
+           __builtin_popcount(simdgroup.lanes));
   }
   simdgroup.waiting |= 1u << (t % kLanes);
   if (simdgroup.waiting == simdgroup.live && (!partial || lanes_with(s, state) == simdgroup.live))
@@ -390,11 +407,11 @@ void emu_simdgroup_barrier(uint flags, const emu_site& site) {
 void emu_threadgroup_barrier(uint flags, const emu_site& site) {
   settle();
   if (barrier_arrived && (barrier_site.line != site.line || barrier_site.column != site.column))
-    fail("DIVERGENCE: threadgroup_barrier at %s while others wait in the one at %s", describe(site).c_str(),
-         describe(barrier_site).c_str());
+    fail("DIVERGENCE: threadgroup_barrier at %s while others wait in the one at %s",
+         describe(site).c_str(), describe(barrier_site).c_str());
   if (live_threads != group.threads)
-    fail("DIVERGENCE: threadgroup_barrier at %s after %u threads have returned", describe(site).c_str(),
-         group.threads - live_threads);
+    fail("DIVERGENCE: threadgroup_barrier at %s after %u threads have returned",
+         describe(site).c_str(), group.threads - live_threads);
   barrier_site = site;
   if (++barrier_arrived < live_threads) {
     wait_here(Wait::kThreadgroup, "threadgroup_barrier", site);
@@ -409,6 +426,8 @@ void emu_threadgroup_barrier(uint flags, const emu_site& site) {
   }
 }
 
-void emu_unset_constant(const char* name) { fail("UNSET function constant %s: the pipeline has no value for it", name); }
+void emu_unset_constant(const char* name) {
+  fail("UNSET function constant %s: the pipeline has no value for it", name);
+}
 
 }  // extern "C"

@@ -58,7 +58,9 @@ class FlushDenormals {
  private:
   uint saved_;
 #elif defined(EMU_FASTMATH) && defined(__aarch64__)
-  FlushDenormals() : saved_(__builtin_aarch64_get_fpcr64()) { __builtin_aarch64_set_fpcr64(saved_ | 1ul << 24); }
+  FlushDenormals() : saved_(__builtin_aarch64_get_fpcr64()) {
+    __builtin_aarch64_set_fpcr64(saved_ | 1ul << 24);
+  }
   ~FlushDenormals() { __builtin_aarch64_set_fpcr64(saved_); }
 
  private:
@@ -113,8 +115,9 @@ emu_status set_constants(const emu_constant_value* values, uint count, Refusal r
     for (uint k = 0; k < count; ++k) {
       if (values[k].index != entry.constant.index) continue;
       if (values[k].size != entry.constant.size)
-        return refuse("function constant %s (index %u) is a %s of %u bytes, got a value of %u", entry.constant.name,
-                      entry.constant.index, entry.constant.type, entry.constant.size, values[k].size);
+        return refuse("function constant %s (index %u) is a %s of %u bytes, got a value of %u",
+                      entry.constant.name, entry.constant.index, entry.constant.type,
+                      entry.constant.size, values[k].size);
       memcpy(entry.value, values[k].value, entry.constant.size);
       *entry.defined = true;
     }
@@ -167,12 +170,14 @@ uint next_threadgroup() {
   return threads;
 }
 
-emu_status prepare(const emu_kernel_entry& entry, void** buffers, void** threadgroup, Refusal refuse) {
+emu_status prepare(const emu_kernel_entry& entry, void** buffers, void** threadgroup,
+                   Refusal refuse) {
   const emu_launch& r = *request;
   const emu_kernel& kernel = entry.kernel;
   uint threads = 1;
   for (int k = 0; k < 3; ++k) {
-    if (r.threads_per_threadgroup[k] == 0) return refuse("kernel %s: a threadgroup of no threads", kernel.name);
+    if (r.threads_per_threadgroup[k] == 0)
+      return refuse("kernel %s: a threadgroup of no threads", kernel.name);
     if (r.threads_per_threadgroup[k] > EMU_MAX_THREADS) threads = EMU_MAX_THREADS + 1;
     threads *= r.threads_per_threadgroup[k];
     const uint size = r.threads_per_threadgroup[k];
@@ -182,49 +187,64 @@ emu_status prepare(const emu_kernel_entry& entry, void** buffers, void** threadg
     emu_now.threads_per_grid[k] = in_threads ? r.grid[k] : r.grid[k] * size;
   }
   if (threads > kernel.max_threads)
-    return refuse("kernel %s: %u threads per threadgroup, its limit is %u", kernel.name, threads, kernel.max_threads);
+    return refuse("kernel %s: %u threads per threadgroup, its limit is %u", kernel.name, threads,
+                  kernel.max_threads);
   const emu_status status = set_constants(r.constants, r.n_constants, refuse);
   if (status != EMU_OK) return status;
 
   const emu_buffer* bound[EMU_MAX_BUFFERS] = {};
   for (uint i = 0; i < r.n_buffers; ++i) {
-    if (r.buffers[i].index >= EMU_MAX_BUFFERS) return refuse("buffer index %u is beyond 30", r.buffers[i].index);
+    if (r.buffers[i].index >= EMU_MAX_BUFFERS)
+      return refuse("buffer index %u is beyond 30", r.buffers[i].index);
     bound[r.buffers[i].index] = &r.buffers[i];
   }
   threadgroup_bytes = 0;
   for (uint i = 0; i < r.n_threadgroup_memory; ++i) {
     const emu_threadgroup_memory& memory = r.threadgroup_memory[i];
-    if (memory.index >= EMU_MAX_BUFFERS) return refuse("threadgroup index %u is beyond 30", memory.index);
-    if (memory.length % 16) return refuse("threadgroup memory %u: %u bytes is no multiple of 16", memory.index, memory.length);
+    if (memory.index >= EMU_MAX_BUFFERS)
+      return refuse("threadgroup index %u is beyond 30", memory.index);
+    if (memory.length % 16)
+      return refuse("threadgroup memory %u: %u bytes is no multiple of 16", memory.index,
+                    memory.length);
     threadgroup_bytes += memory.length;
   }
   if (threadgroup_bytes > EMU_MAX_THREADGROUP_BYTES)
-    return refuse("kernel %s: %u bytes of threadgroup memory, the limit is %d", kernel.name, threadgroup_bytes,
-                  EMU_MAX_THREADGROUP_BYTES);
+    return refuse("kernel %s: %u bytes of threadgroup memory, the limit is %d", kernel.name,
+                  threadgroup_bytes, EMU_MAX_THREADGROUP_BYTES);
 
   for (uint i = 0; i < kernel.n_params; ++i) {
     const emu_param& param = kernel.params[i];
     if (param.kind == EMU_PARAM_THREADGROUP) {
       bool found = false;
-      for (uint k = 0; k < r.n_threadgroup_memory; ++k) found |= r.threadgroup_memory[k].index == param.index;
-      if (!found) return refuse("kernel %s: threadgroup(%u) %s has no length", kernel.name, param.index, param.name);
+      for (uint k = 0; k < r.n_threadgroup_memory; ++k)
+        found |= r.threadgroup_memory[k].index == param.index;
+      if (!found)
+        return refuse("kernel %s: threadgroup(%u) %s has no length", kernel.name, param.index,
+                      param.name);
       continue;
     }
     const bool enabled = !entry.conditions[i] || entry.conditions[i]();
-    if (!enabled) {  // a reference may be read early by the compiler, a pointer must not be followed
-      if (!buffers[param.index]) buffers[param.index] = param.is_reference ? zero_page() : unreadable_page();
+    if (!enabled) {  // a reference may be read early by the compiler, a pointer must not be
+                     // followed
+      if (!buffers[param.index])
+        buffers[param.index] = param.is_reference ? zero_page() : unreadable_page();
       continue;
     }
     const emu_buffer* buffer = bound[param.index];
     if (!buffer || !buffer->data)
       return refuse("kernel %s: buffer(%u) %s is not bound", kernel.name, param.index, param.name);
     if (param.is_reference && buffer->length < param.elem_size)
-      return refuse("kernel %s: buffer(%u) %s has %llu bytes, %u are read", kernel.name, param.index, param.name,
-                    (unsigned long long)buffer->length, param.elem_size);
+      return refuse("kernel %s: buffer(%u) %s has %llu bytes, %u are read", kernel.name,
+                    param.index, param.name, (unsigned long long)buffer->length, param.elem_size);
     char name[160];
     snprintf(name, sizeof name, "buffer(%u) %s", param.index, param.name);
-    spans.push_back({(uintptr_t)buffer->data, (uintptr_t)buffer->data + buffer->length, (bool)param.is_read_only,
-                     (buffer->flags & EMU_BUFFER_COPY) != 0, granule_of(param), name, {}});
+    spans.push_back({(uintptr_t)buffer->data,
+                     (uintptr_t)buffer->data + buffer->length,
+                     (bool)param.is_read_only,
+                     (buffer->flags & EMU_BUFFER_COPY) != 0,
+                     granule_of(param),
+                     name,
+                     {}});
   }
   merge_spans();
   for (Span& span : spans) {
@@ -242,7 +262,8 @@ emu_status prepare(const emu_kernel_entry& entry, void** buffers, void** threadg
     if (param.kind != EMU_PARAM_BUFFER || buffers[param.index]) continue;
     const uintptr_t address = (uintptr_t)bound[param.index]->data;
     for (const Span& span : spans)
-      if (address >= span.low && address <= span.high && (address < span.high || span.low == span.high))
+      if (address >= span.low && address <= span.high &&
+          (address < span.high || span.low == span.high))
         buffers[param.index] = span.copy ? span.block.data + (address - span.low) : (char*)address;
   }
   for (uint i = 0; i < r.n_threadgroup_memory; ++i) {
@@ -263,26 +284,27 @@ void finish(std::string* damage) {
     long offset;
     if (!span.read_only) {
       memcpy((void*)span.low, span.block.data, span.block.size);
-    } else if (damage->empty() && memcmp((const void*)span.low, span.block.data, span.block.size) != 0) {
+    } else if (damage->empty() &&
+               memcmp((const void*)span.low, span.block.data, span.block.size) != 0) {
       *damage = "WRITE to the read-only " + span.name;
     }
     if (damage->empty() && guarded_damage(span.block, &offset))
-      *damage = "OUT OF BOUNDS write at byte " + std::to_string(offset) + " of " + span.name + " (" +
-                std::to_string(span.block.size) + " bytes)";
+      *damage = "OUT OF BOUNDS write at byte " + std::to_string(offset) + " of " + span.name +
+                " (" + std::to_string(span.block.size) + " bytes)";
     guarded_release(span.block);
   }
   for (const Variable& v : variables) {
     long offset;
     if (damage->empty() && guarded_damage(v.block, &offset))
-      *damage = "OUT OF BOUNDS write at byte " + std::to_string(offset) + " of threadgroup " + v.variable->name + " (" +
-                std::to_string(v.block.size) + " bytes)";
+      *damage = "OUT OF BOUNDS write at byte " + std::to_string(offset) + " of threadgroup " +
+                v.variable->name + " (" + std::to_string(v.block.size) + " bytes)";
     guarded_release(v.block);
   }
   for (const Guarded& block : dynamic_memory) {
     long offset;
     if (damage->empty() && guarded_damage(block, &offset))
-      *damage = "OUT OF BOUNDS write at byte " + std::to_string(offset) + " of threadgroup memory (" +
-                std::to_string(block.size) + " bytes)";
+      *damage = "OUT OF BOUNDS write at byte " + std::to_string(offset) +
+                " of threadgroup memory (" + std::to_string(block.size) + " bytes)";
     guarded_release(block);
   }
   spans.clear();
@@ -301,7 +323,8 @@ emu_status launch(const emu_launch* r, char* error, size_t error_size) {
   emu_now = emu_dispatch{};
   emu_now.launch = ++launches;
   next_index = 0;
-  static void *buffers[EMU_MAX_BUFFERS], *threadgroup[EMU_MAX_BUFFERS];  // in the image, which kernels may read
+  static void *buffers[EMU_MAX_BUFFERS],
+      *threadgroup[EMU_MAX_BUFFERS];  // in the image, which kernels may read
   std::fill(std::begin(buffers), std::end(buffers), nullptr);
   std::fill(std::begin(threadgroup), std::end(threadgroup), nullptr);
   static Fault fault;
@@ -337,24 +360,28 @@ emu_status launch(const emu_launch* r, char* error, size_t error_size) {
     status = EMU_FAULT;
     fault.message = damage;
   }
-  if (status == EMU_FAULT && error_size) snprintf(error, error_size, "kernel %s, %s", entry->kernel.name, fault.message.c_str());
+  if (status == EMU_FAULT && error_size)
+    snprintf(error, error_size, "kernel %s, %s", entry->kernel.name, fault.message.c_str());
   return status;
 }
 
-emu_status check_constants(const emu_kernel* kernel, const emu_constant_value* values, uint count, char* error,
-                           size_t error_size) {
+emu_status check_constants(const emu_kernel* kernel, const emu_constant_value* values, uint count,
+                           char* error, size_t error_size) {
   Refusal refuse(error, error_size);
   for (uint i = 0; i < kernel->n_function_constants; ++i) {
-    const emu_function_constant& constant = emu_constant_table[kernel->function_constants[i]].constant;
+    const emu_function_constant& constant =
+        emu_constant_table[kernel->function_constants[i]].constant;
     const emu_constant_value* value = nullptr;
     for (uint k = 0; k < count; ++k)
       if (values[k].index == constant.index) value = &values[k];
+    if (!value && emu_constant_table[kernel->function_constants[i]].is_optional) continue;
     if (!value)
-      return refuse("kernel %s: function constant %s (index %u, %s) has no value", kernel->name, constant.name,
-                    constant.index, constant.type);
+      return refuse("kernel %s: function constant %s (index %u, %s) has no value", kernel->name,
+                    constant.name, constant.index, constant.type);
     if (value->size != constant.size)
-      return refuse("kernel %s: function constant %s (index %u) is a %s of %u bytes, got a value of %u", kernel->name,
-                    constant.name, constant.index, constant.type, constant.size, value->size);
+      return refuse(
+          "kernel %s: function constant %s (index %u) is a %s of %u bytes, got a value of %u",
+          kernel->name, constant.name, constant.index, constant.type, constant.size, value->size);
   }
   return EMU_OK;
 }
@@ -378,14 +405,15 @@ extern "C" {
 void emu_allocate_threadgroup(emu_threadgroup_variable* variable) {
   threadgroup_bytes += variable->size;
   if (threadgroup_bytes > EMU_MAX_THREADGROUP_BYTES)
-    fail("TOO MUCH threadgroup memory: %u bytes with %s, the limit is %d", threadgroup_bytes, variable->name,
-         EMU_MAX_THREADGROUP_BYTES);
+    fail("TOO MUCH threadgroup memory: %u bytes with %s, the limit is %d", threadgroup_bytes,
+         variable->name, EMU_MAX_THREADGROUP_BYTES);
   const Guarded block = guarded_allocate(variable->size, 0, request->flags & EMU_LAUNCH_GUARD_LOW);
   memset(block.data, 0xff, block.size);
   variables.push_back({variable, block});
   uint granule = 4;
   while (variable->size % granule) granule /= 2;
-  add_region(block.data, block.size, Space::kThreadgroup, false, granule, std::string("threadgroup ") + variable->name);
+  add_region(block.data, block.size, Space::kThreadgroup, false, granule,
+             std::string("threadgroup ") + variable->name);
   variable->memory = block.data;
   variable->launch = emu_now.launch;
 }

@@ -26,7 +26,8 @@ void unmap(const Guarded& block) { munmap(block.map, block.body + 2 * kGuard); }
 }  // namespace
 
 Region* find_region(uintptr_t address) {
-  if (last_hit < regions.size() && address >= regions[last_hit].low && address < regions[last_hit].high)
+  if (last_hit < regions.size() && address >= regions[last_hit].low &&
+      address < regions[last_hit].high)
     return &regions[last_hit];
   for (size_t i = 0; i < regions.size(); ++i)
     if (address >= regions[i].low && address < regions[i].high) {
@@ -49,8 +50,10 @@ const Region* nearest_region(uintptr_t address) {
   return best;
 }
 
-void add_region(void* data, size_t size, Space space, bool read_only, uint granule, std::string name) {
-  Region region{(uintptr_t)data, (uintptr_t)data + size, space, read_only, granule, std::move(name)};
+void add_region(void* data, size_t size, Space space, bool read_only, uint granule,
+                std::string name) {
+  Region region{(uintptr_t)data, (uintptr_t)data + size, space, read_only,
+                granule,         std::move(name)};
   regions.push_back(std::move(region));
 }
 
@@ -61,7 +64,8 @@ void clear_regions() {
 }
 
 Guarded guarded_allocate(size_t size, uint misalignment, bool guard_low) {
-  const size_t body = std::max(kPage, (size + misalignment + kAlignment + kPage - 1) / kPage * kPage);
+  const size_t body =
+      std::max(kPage, (size + misalignment + kAlignment + kPage - 1) / kPage * kPage);
   Guarded block;
   for (size_t i = 0; i < cache.size(); ++i)
     if (cache[i].body == body) {
@@ -72,7 +76,8 @@ Guarded guarded_allocate(size_t size, uint misalignment, bool guard_low) {
       break;
     }
   if (!block.map) {
-    block.map = (char*)mmap(nullptr, body + 2 * kGuard, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    block.map = (char*)mmap(nullptr, body + 2 * kGuard, PROT_NONE,
+                            MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     mprotect(block.map + kGuard, body, PROT_READ | PROT_WRITE);
     block.body = body;
   }
@@ -107,7 +112,8 @@ void guarded_release(const Guarded& block) {
 }
 
 void* unreadable_page() {
-  static void* page = mmap(nullptr, 1 << 20, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  static void* page =
+      mmap(nullptr, 1 << 20, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   return page;
 }
 

@@ -2,8 +2,8 @@
 #pragma once
 
 #include <setjmp.h>
-#include <stdint.h>
 #include <stddef.h>
+#include <stdint.h>
 
 #include <string>
 #include <vector>
@@ -49,6 +49,7 @@ struct emu_constant_entry {
   emu_function_constant constant;
   void* value;
   bool* defined;
+  bool is_optional;  // the source asks whether it is defined
 };
 extern "C" {
 extern const emu_kernel_entry emu_kernel_table[];
@@ -96,7 +97,7 @@ struct Region {
   uintptr_t low, high;
   Space space;
   bool read_only;
-  uint granule;       // bytes per cell of the race detector
+  uint granule;  // bytes per cell of the race detector
   std::string name;
   Cell* cells = nullptr;
   size_t cells_bytes = 0;
@@ -104,7 +105,8 @@ struct Region {
 extern std::vector<Region> regions;
 Region* find_region(uintptr_t address);
 const Region* nearest_region(uintptr_t address);
-void add_region(void* data, size_t size, Space space, bool read_only, uint granule, std::string name);
+void add_region(void* data, size_t size, Space space, bool read_only, uint granule,
+                std::string name);
 void clear_regions();
 
 struct Guarded {
@@ -122,10 +124,10 @@ void* zero_page();
 
 // ---- fibers.cpp: the threads of one threadgroup
 struct Group {
-  uint threads = 0;          // of this threadgroup
-  uint threadgroup = 0;      // linear index
-  uint position[3];          // in the grid of threadgroups
-  uint barrier_epoch[2];     // per Space: counts the barriers that order it
+  uint threads = 0;       // of this threadgroup
+  uint threadgroup = 0;   // linear index
+  uint position[3];       // in the grid of threadgroups
+  uint barrier_epoch[2];  // per Space: counts the barriers that order it
   uint simd_epoch[2][kMaxSimdgroups];
 };
 extern Group group;
@@ -136,7 +138,8 @@ struct Run {
   uint flags;
   uint seed;
 };
-// Runs threadgroups one after the other; `next` prepares each (position, emu_now) and returns its size, 0 at the end.
+// Runs threadgroups one after the other; `next` prepares each (position, emu_now) and returns its
+// size, 0 at the end.
 void run_threadgroups(const Run& run, uint (*next)());
 bool in_fiber_stack(uintptr_t address);
 bool in_stack_guard(uintptr_t address);

@@ -1,4 +1,5 @@
-// The asan build: shadow of the fibers' stacks, constant arrays, and the handlers of undefined behaviour.
+// The asan build: shadow of the fibers' stacks, constant arrays, and the handlers of undefined
+// behaviour.
 #include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -23,7 +24,8 @@ std::vector<Global>& globals() {
   static std::vector<Global> all;
   return all;
 }
-// Shadow of the fibers' stacks: a byte for eight. 0: all may be touched; 1 to 7: so many; else none.
+// Shadow of the fibers' stacks: a byte for eight. 0: all may be touched; 1 to 7: so many; else
+// none.
 unsigned char* shadow = nullptr;
 
 unsigned char* stack_shadow(uintptr_t address) {
@@ -47,7 +49,8 @@ void check_stack(uintptr_t address, size_t size, Access kind, uintptr_t pc) {
     if (value == 0) continue;
     const uintptr_t low = std::max(address, at), high = std::min(address + size, at + 8);
     if (value < 8 && high <= at + value) continue;
-    fail("OUT OF BOUNDS %s of %zu bytes at %s of the thread [pc 0x%lx]", kind == Access::kWrite ? "write" : "read", size,
+    fail("OUT OF BOUNDS %s of %zu bytes at %s of the thread [pc 0x%lx]",
+         kind == Access::kWrite ? "write" : "read", size,
          value == 0xf8 ? "a variable out of scope" : "the edge of an array", (ulong)pc);
     (void)low;
   }
@@ -55,11 +58,11 @@ void check_stack(uintptr_t address, size_t size, Access kind, uintptr_t pc) {
 
 void check_global(uintptr_t address, size_t size, Access kind, uintptr_t pc) {
   for (const Global& global : globals())
-    if (address + size > global.begin + global.size && address < global.begin + global.size_with_redzone &&
-        address >= global.begin)
+    if (address + size > global.begin + global.size &&
+        address < global.begin + global.size_with_redzone && address >= global.begin)
       fail("OUT OF BOUNDS %s of %zu bytes at byte %zu of the constant %s (%zu bytes) [pc 0x%lx]",
-           kind == Access::kWrite ? "write" : "read", size, (size_t)(address - global.begin), global.name,
-           (size_t)global.size, (ulong)pc);
+           kind == Access::kWrite ? "write" : "read", size, (size_t)(address - global.begin),
+           global.name, (size_t)global.size, (ulong)pc);
 }
 
 void clear_stack_shadow() {
@@ -81,7 +84,9 @@ using namespace emu;
 
 extern "C" {
 
-void __asan_register_globals(Global* list, size_t count) { globals().insert(globals().end(), list, list + count); }
+void __asan_register_globals(Global* list, size_t count) {
+  globals().insert(globals().end(), list, list + count);
+}
 void __asan_unregister_globals(Global*, size_t) {}
 void __asan_poison_stack_memory(uintptr_t address, size_t size) {
   if (in_fiber_stack(address)) memset(stack_shadow(address), 0xf8, (size + 7) / 8);
@@ -93,8 +98,10 @@ void __asan_unpoison_stack_memory(uintptr_t address, size_t size) {
 }
 void __asan_alloca_poison(uintptr_t, size_t) {}
 void __asan_allocas_unpoison(uintptr_t, uintptr_t) {}
-#define EMU_SET_SHADOW(hex) \
-  void __asan_set_shadow_##hex(uintptr_t address, size_t size) { set_shadow(address, size, 0x##hex); }
+#define EMU_SET_SHADOW(hex)                                      \
+  void __asan_set_shadow_##hex(uintptr_t address, size_t size) { \
+    set_shadow(address, size, 0x##hex);                          \
+  }
 EMU_SET_SHADOW(00)
 EMU_SET_SHADOW(01)
 EMU_SET_SHADOW(02)
@@ -115,7 +122,8 @@ struct UbsanPlace {
   uint line, column;
 };
 static void undefined(const UbsanPlace* place, const char* what) {
-  if (current_fault && current_fault->launching) fail("UNDEFINED: %s at %s:%u", what, place->file, place->line);
+  if (current_fault && current_fault->launching)
+    fail("UNDEFINED: %s at %s:%u", what, place->file, place->line);
 }
 struct UbsanTypeMismatch {
   UbsanPlace place;

@@ -1,4 +1,5 @@
-// emu_swap(void** save, void* to): leaves the running stack, continues on another. Saves what a call must keep.
+// emu_swap(void** save, void* to): leaves the running stack, continues on another. Saves what a
+// call must keep.
 #pragma once
 
 #if defined(__x86_64__)
@@ -69,13 +70,13 @@ extern "C" void emu_swap(void** save, void* to);
 inline void* emu_fresh_stack(char* top, void (*entry)()) {
   void** sp = (void**)((uintptr_t)top & ~(uintptr_t)15);
 #if defined(__x86_64__)
-  *--sp = nullptr;         // a return address that is never used, and the alignment of a call
-  *--sp = (void*)entry;    // popped by ret
+  *--sp = nullptr;       // a return address that is never used, and the alignment of a call
+  *--sp = (void*)entry;  // popped by ret
   for (int i = 0; i < 6; ++i) *--sp = nullptr;
 #else
   sp -= 20;
   for (int i = 0; i < 20; ++i) sp[i] = nullptr;
-  sp[11] = (void*)entry;   // x30
+  sp[11] = (void*)entry;  // x30
 #endif
   return sp;
 }

@@ -46,7 +46,7 @@ typedef __bf16 bfloat;
 #define HALF_MAX ((half)65504.0f)
 #define HALF_MIN ((half)6.103515625e-5f)
 #define HALF_EPSILON ((half)9.765625e-4f)
-#define HUGE_VALH ((half) __builtin_inff())
+#define HUGE_VALH ((half)__builtin_inff())
 #define CHAR_BIT 8
 #define CHAR_MAX 127
 #define CHAR_MIN (-128)
@@ -82,12 +82,14 @@ typedef __bf16 bfloat;
 #define M_SQRT2_H ((half)M_SQRT2_F)
 #define assert(...) ((void)0)
 
-// ---- address spaces. The OpenCL ones are kept apart by the front end (overloads, specialisations and conversions
-// behave as in Metal) and all map to plain pointers in x86-64 and arm64 code, so that sanitizers see every access.
+// ---- address spaces. The OpenCL ones are kept apart by the front end (overloads, specialisations
+// and conversions behave as in Metal) and all map to plain pointers in x86-64 and arm64 code, so
+// that sanitizers see every access.
 #define MSL_thread
 #if defined(__NVPTX__)
 #define MSL_device __attribute__((address_space(1)))
-#define MSL_constant const __attribute__((opencl_generic))  // a space of its own; loads find the global one
+#define MSL_constant \
+  const __attribute__((opencl_generic))  // a space of its own; loads find the global one
 #define MSL_threadgroup __attribute__((address_space(3)))
 #define MSL_OTHER_SPACES(M) M(MSL_device) M(__attribute__((opencl_generic))) M(MSL_threadgroup)
 #elif defined(MSL_STRICT)
@@ -111,8 +113,9 @@ struct emu_thread {  // the thread that runs now
   uint threadgroup_position[3];
   uint index_in_threadgroup;
 };
-struct emu_dispatch {  // the launch and threadgroup that run now
-  uint threads_per_threadgroup[3];  // of this threadgroup: smaller at the end of a grid counted in threads
+struct emu_dispatch {               // the launch and threadgroup that run now
+  uint threads_per_threadgroup[3];  // of this threadgroup: smaller at the end of a grid counted in
+                                    // threads
   uint nominal_threads_per_threadgroup[3];
   uint threadgroups_per_grid[3];
   uint threads_per_grid[3];
@@ -130,21 +133,24 @@ struct emu_threadgroup_variable {
   void* memory;
   ulong launch;  // for which `memory` is valid
 };
-// Runs once per operation, in the last lane to arrive: slots are 64 bytes apart, `active` has a bit per lane.
+// Runs once per operation, in the last lane to arrive: slots are 64 bytes apart, `active` has a bit
+// per lane.
 typedef void (*emu_reduce_fn)(char* slots, uint active, void* result);
 // Calls of these must neither be merged nor moved out of the branch they are in.
 #define MSL_MEETING __attribute__((convergent, nomerge))
 extern "C" {
 extern emu_thread* emu_current;
 extern emu_dispatch emu_now;
-MSL_MEETING const char* emu_simd_exchange(const char* name, const emu_site& site, const void* value, uint size,
-                                          emu_reduce_fn reduce, uint* active);
+MSL_MEETING const char* emu_simd_exchange(const char* name, const emu_site& site, const void* value,
+                                          uint size, emu_reduce_fn reduce, uint* active);
 MSL_MEETING void emu_threadgroup_barrier(uint flags, const emu_site& site);
 MSL_MEETING void emu_simdgroup_barrier(uint flags, const emu_site& site);
 void emu_allocate_threadgroup(emu_threadgroup_variable* variable);
 void emu_unset_constant(const char* name);
 }
-#define MSL_SITE const char *msl_file = __builtin_FILE(), uint msl_line = __builtin_LINE(), uint msl_column = __builtin_COLUMN()
+#define MSL_SITE                                                             \
+  const char *msl_file = __builtin_FILE(), uint msl_line = __builtin_LINE(), \
+             uint msl_column = __builtin_COLUMN()
 #define MSL_PASS_SITE msl_file, msl_line, msl_column
 #define MSL_MAKE_SITE (emu_site{msl_file, msl_line, msl_column})
 #else
@@ -159,31 +165,32 @@ void emu_unset_constant(const char* name);
 #if defined(__NVPTX__)
 #define MSL_THREADGROUP(T, name, dims) \
   static __attribute__((address_space(3), loader_uninitialized)) MSL_STRIP T name MSL_STRIP dims
-#define MSL_FUNCTION_CONSTANT(T, name, number)                                                    \
-  extern "C" {                                                                                    \
-  __attribute__((address_space(4), used)) volatile const T name = {};                             \
-  __attribute__((address_space(4), used)) volatile const bool msl_defined_##name = false;         \
-  }                                                                                               \
+#define MSL_FUNCTION_CONSTANT(T, name, number)                                            \
+  extern "C" {                                                                            \
+  __attribute__((address_space(4), used)) volatile const T name = {};                     \
+  __attribute__((address_space(4), used)) volatile const bool msl_defined_##name = false; \
+  }                                                                                       \
   MSL_INLINE T msl_constant_##name() { return name; }
 #elif defined(MSL_STRICT)
 #define MSL_THREADGROUP(T, name, dims) \
   static __attribute__((address_space(3), loader_uninitialized)) MSL_STRIP T name MSL_STRIP dims
-#define MSL_FUNCTION_CONSTANT(T, name, number)       \
+#define MSL_FUNCTION_CONSTANT(T, name, number)           \
   extern const __attribute__((address_space(2))) T name; \
-  extern const bool msl_defined_##name;              \
+  extern const bool msl_defined_##name;                  \
   T msl_constant_##name();
 #else
-#define MSL_THREADGROUP(T, name, dims)                                                                      \
-  typedef MSL_threadgroup MSL_STRIP T msl_type_##name MSL_STRIP dims;                                       \
-  static emu_threadgroup_variable msl_variable_##name = {sizeof(msl_type_##name), alignof(msl_type_##name), \
-                                                         #name, nullptr, 0};                                \
-  if (msl_variable_##name.launch != emu_now.launch) emu_allocate_threadgroup(&msl_variable_##name);         \
+#define MSL_THREADGROUP(T, name, dims)                                       \
+  typedef MSL_threadgroup MSL_STRIP T msl_type_##name MSL_STRIP dims;        \
+  static emu_threadgroup_variable msl_variable_##name = {                    \
+      sizeof(msl_type_##name), alignof(msl_type_##name), #name, nullptr, 0}; \
+  if (msl_variable_##name.launch != emu_now.launch)                          \
+    emu_allocate_threadgroup(&msl_variable_##name);                          \
   msl_type_##name& name = *(msl_type_##name*)msl_variable_##name.memory
-#define MSL_FUNCTION_CONSTANT(T, name, number)                         \
-  static T msl_value_##name;                                           \
-  static bool msl_defined_##name;                                      \
-  MSL_INLINE T msl_constant_##name() {                                 \
+#define MSL_FUNCTION_CONSTANT(T, name, number)                               \
+  static T msl_value_##name;                                                 \
+  static bool msl_defined_##name;                                            \
+  MSL_INLINE T msl_constant_##name() {                                       \
     if (__builtin_expect(!msl_defined_##name, 0)) emu_unset_constant(#name); \
-    return msl_value_##name;                                           \
+    return msl_value_##name;                                                 \
   }
 #endif

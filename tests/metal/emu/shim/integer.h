@@ -68,7 +68,9 @@ MSL_INLINE bool all(msl_vector<T, N> mask) {
 
 // select: the type comes from the first two arguments, which may be a vector and a scalar.
 template <class A, class B>
-using msl_selected = conditional_t<is_vector<A>::value, A, conditional_t<is_vector<B>::value, B, decltype(true ? declval<A>() : declval<B>())>>;
+using msl_selected = conditional_t<
+    is_vector<A>::value, A,
+    conditional_t<is_vector<B>::value, B, decltype(true ? declval<A>() : declval<B>())>>;
 template <class A, class B>
 MSL_INLINE constexpr remove_reference_t<msl_selected<A, B>> select(A a, B b, bool c) {
   typedef remove_reference_t<msl_selected<A, B>> R;
@@ -129,11 +131,13 @@ MSL_INLINE constexpr V clz(V x) {
 }
 template <class V>
 MSL_INLINE constexpr V ctz(V x) {
-  return msl_integer_map([](auto v) -> int { return v ? __builtin_ctzll((ulong)v) : int(8 * sizeof(v)); }, x);
+  return msl_integer_map(
+      [](auto v) -> int { return v ? __builtin_ctzll((ulong)v) : int(8 * sizeof(v)); }, x);
 }
 template <class V>
 MSL_INLINE constexpr V reverse_bits(V x) {
-  return msl_integer_map([](auto v) { return __builtin_bitreverse64(msl_bits_of(v)) >> (64 - 8 * sizeof(v)); }, x);
+  return msl_integer_map(
+      [](auto v) { return __builtin_bitreverse64(msl_bits_of(v)) >> (64 - 8 * sizeof(v)); }, x);
 }
 template <class V>
 MSL_INLINE constexpr V rotate(V x, V n) {
@@ -157,9 +161,12 @@ MSL_INLINE constexpr T insert_bits(T base, T insert, uint offset, uint count) {
 }
 template <class T>
 MSL_INLINE constexpr T msl_high_half(T a, T b) {
-  if constexpr (sizeof(T) == 8 && is_signed<T>::value) return (T)((__int128)a * b >> 64);
-  else if constexpr (sizeof(T) == 8) return (T)((unsigned __int128)a * b >> 64);
-  else return (T)((long)a * (long)b >> (8 * sizeof(T)));
+  if constexpr (sizeof(T) == 8 && is_signed<T>::value)
+    return (T)((__int128)a * b >> 64);
+  else if constexpr (sizeof(T) == 8)
+    return (T)((unsigned __int128)a * b >> 64);
+  else
+    return (T)((long)a * (long)b >> (8 * sizeof(T)));
 }
 template <class V>
 MSL_INLINE constexpr V mulhi(V a, V b) {
@@ -201,8 +208,8 @@ template <class V>
 MSL_INLINE V absdiff(V a, V b) {
   return max(a, b) - min(a, b);
 }
-#define MSL_MUL24(T)                                                      \
-  MSL_INLINE constexpr T mul24(T a, T b) { return a * b; }                \
+#define MSL_MUL24(T)                                       \
+  MSL_INLINE constexpr T mul24(T a, T b) { return a * b; } \
   MSL_INLINE constexpr T mad24(T a, T b, T c) { return a * b + c; }
 MSL_MUL24(int)
 MSL_MUL24(uint)
@@ -234,7 +241,11 @@ MSL_INLINE float4 unpack_unorm4x8_to_float(uint x) { return msl_unpack<4, uchar>
 MSL_INLINE float4 unpack_snorm4x8_to_float(uint x) { return msl_unpack<4, char>(x, 127.0f); }
 MSL_INLINE float2 unpack_unorm2x16_to_float(uint x) { return msl_unpack<2, ushort>(x, 65535.0f); }
 MSL_INLINE float2 unpack_snorm2x16_to_float(uint x) { return msl_unpack<2, short>(x, 32767.0f); }
-MSL_INLINE half4 unpack_unorm4x8_to_half(uint x) { return __builtin_convertvector(unpack_unorm4x8_to_float(x), half4); }
-MSL_INLINE half4 unpack_snorm4x8_to_half(uint x) { return __builtin_convertvector(unpack_snorm4x8_to_float(x), half4); }
+MSL_INLINE half4 unpack_unorm4x8_to_half(uint x) {
+  return __builtin_convertvector(unpack_unorm4x8_to_float(x), half4);
+}
+MSL_INLINE half4 unpack_snorm4x8_to_half(uint x) {
+  return __builtin_convertvector(unpack_snorm4x8_to_float(x), half4);
+}
 
 }  // namespace metal

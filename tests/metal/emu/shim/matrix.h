@@ -70,7 +70,7 @@ MSL_INLINE matrix<T, R, C> transpose(const matrix<T, C, R>& a) {
     for (int j = 0; j < R; ++j) r.columns[j][i] = a.columns[i][j];
   return r;
 }
-#define MSL_DECLARE_MATRICES(T)  \
+#define MSL_DECLARE_MATRICES(T)   \
   typedef matrix<T, 2, 2> T##2x2; \
   typedef matrix<T, 2, 3> T##2x3; \
   typedef matrix<T, 2, 4> T##2x4; \
@@ -83,7 +83,8 @@ MSL_INLINE matrix<T, R, C> transpose(const matrix<T, C, R>& a) {
 MSL_DECLARE_MATRICES(float)
 MSL_DECLARE_MATRICES(half)
 
-// A simdgroup_matrix of 8x8 has two elements in each lane: row msl_matrix_row, columns msl_matrix_column and the next.
+// A simdgroup_matrix of 8x8 has two elements in each lane: row msl_matrix_row, columns
+// msl_matrix_column and the next.
 MSL_INLINE uint msl_matrix_row(uint lane) { return ((lane / 4) & 4) + (lane / 2) % 4; }
 MSL_INLINE uint msl_matrix_column(uint lane) { return ((lane / 4) & 2) * 2 + (lane % 2) * 2; }
 MSL_INLINE uint msl_matrix_lane(uint row, uint column) {
@@ -98,7 +99,8 @@ struct simdgroup_matrix {
   simdgroup_matrix() = default;
   explicit simdgroup_matrix(T diagonal) {
     for (uint i = 0; i < 2; ++i)
-      elements[i] = msl_matrix_row(msl_lane()) == msl_matrix_column(msl_lane()) + i ? diagonal : T(0);
+      elements[i] =
+          msl_matrix_row(msl_lane()) == msl_matrix_column(msl_lane()) + i ? diagonal : T(0);
   }
   storage_type& thread_elements() { return elements; }
   const storage_type& thread_elements() const { return elements; }
@@ -118,16 +120,20 @@ MSL_INLINE simdgroup_matrix<T, C, R> make_diagonal_simdgroup_matrix(T x) {
   return simdgroup_matrix<T, C, R>(x);
 }
 template <class T, class P>
-MSL_INLINE void simdgroup_load(simdgroup_matrix<T, 8>& m, P* p, ulong stride = 8, ulong2 origin = 0, bool transpose = false) {
-  static_assert(is_same_v<msl_plain<P>, T>, "simdgroup_load: the memory holds another type than the matrix");
+MSL_INLINE void simdgroup_load(simdgroup_matrix<T, 8>& m, P* p, ulong stride = 8, ulong2 origin = 0,
+                               bool transpose = false) {
+  static_assert(is_same_v<msl_plain<P>, T>,
+                "simdgroup_load: the memory holds another type than the matrix");
   const ulong row = msl_matrix_row(msl_lane()), column = msl_matrix_column(msl_lane());
   for (uint i = 0; i < 2; ++i)
     m.elements[i] = transpose ? p[(origin.y + column + i) * stride + origin.x + row]
                               : p[(origin.y + row) * stride + origin.x + column + i];
 }
 template <class T, class P>
-MSL_INLINE void simdgroup_store(simdgroup_matrix<T, 8> m, P* p, ulong stride = 8, ulong2 origin = 0, bool transpose = false) {
-  static_assert(is_same_v<msl_plain<P>, T>, "simdgroup_store: the memory holds another type than the matrix");
+MSL_INLINE void simdgroup_store(simdgroup_matrix<T, 8> m, P* p, ulong stride = 8, ulong2 origin = 0,
+                                bool transpose = false) {
+  static_assert(is_same_v<msl_plain<P>, T>,
+                "simdgroup_store: the memory holds another type than the matrix");
   const ulong row = msl_matrix_row(msl_lane()), column = msl_matrix_column(msl_lane());
   for (uint i = 0; i < 2; ++i) {
     if (transpose)
@@ -141,15 +147,17 @@ struct msl_fragments {
   float a[2], b[2];
 };
 template <class D, class A, class B, class C>
-MSL_INLINE void simdgroup_multiply_accumulate(simdgroup_matrix<D, 8>& d, simdgroup_matrix<A, 8> a, simdgroup_matrix<B, 8> b,
-                                              simdgroup_matrix<C, 8> c, MSL_SITE) {
+MSL_INLINE void simdgroup_multiply_accumulate(simdgroup_matrix<D, 8>& d, simdgroup_matrix<A, 8> a,
+                                              simdgroup_matrix<B, 8> b, simdgroup_matrix<C, 8> c,
+                                              MSL_SITE) {
   const uint row = msl_matrix_row(msl_lane()), column = msl_matrix_column(msl_lane());
   float x0 = (float)c.elements[0], x1 = (float)c.elements[1];
 #ifdef MSL_EMU
-  const msl_fragments mine = {{(float)a.elements[0], (float)a.elements[1]}, {(float)b.elements[0], (float)b.elements[1]}};
+  const msl_fragments mine = {{(float)a.elements[0], (float)a.elements[1]},
+                              {(float)b.elements[0], (float)b.elements[1]}};
   uint active;
-  auto* slots = (const msl_slot<msl_fragments>*)emu_simd_exchange("simdgroup_multiply_accumulate", MSL_MAKE_SITE, &mine,
-                                                                  sizeof mine, nullptr, &active);
+  auto* slots = (const msl_slot<msl_fragments>*)emu_simd_exchange(
+      "simdgroup_multiply_accumulate", MSL_MAKE_SITE, &mine, sizeof mine, nullptr, &active);
   for (uint k = 0; k < 8; ++k) {
     const float ak = slots[msl_matrix_lane(row, k)].value.a[k & 1];
     const float* bk = slots[msl_matrix_lane(k, column)].value.b;
@@ -158,8 +166,10 @@ MSL_INLINE void simdgroup_multiply_accumulate(simdgroup_matrix<D, 8>& d, simdgro
   }
 #else
   for (uint k = 0; k < 8; ++k) {
-    const ushort from_a = (ushort)msl_matrix_lane(row, k), from_b = (ushort)msl_matrix_lane(k, column);
-    const float a0 = simd_shuffle((float)a.elements[0], from_a), a1 = simd_shuffle((float)a.elements[1], from_a);
+    const ushort from_a = (ushort)msl_matrix_lane(row, k),
+                 from_b = (ushort)msl_matrix_lane(k, column);
+    const float a0 = simd_shuffle((float)a.elements[0], from_a),
+                a1 = simd_shuffle((float)a.elements[1], from_a);
     const float ak = k & 1 ? a1 : a0;
     x0 += ak * simd_shuffle((float)b.elements[0], from_b);
     x1 += ak * simd_shuffle((float)b.elements[1], from_b);
@@ -169,8 +179,10 @@ MSL_INLINE void simdgroup_multiply_accumulate(simdgroup_matrix<D, 8>& d, simdgro
   d.elements[1] = (D)x1;
 }
 template <class D, class A, class B>
-MSL_INLINE void simdgroup_multiply(simdgroup_matrix<D, 8>& d, simdgroup_matrix<A, 8> a, simdgroup_matrix<B, 8> b, MSL_SITE) {
-  simdgroup_multiply_accumulate(d, a, b, make_filled_simdgroup_matrix<float, 8>(0.0f), MSL_PASS_SITE);
+MSL_INLINE void simdgroup_multiply(simdgroup_matrix<D, 8>& d, simdgroup_matrix<A, 8> a,
+                                   simdgroup_matrix<B, 8> b, MSL_SITE) {
+  simdgroup_multiply_accumulate(d, a, b, make_filled_simdgroup_matrix<float, 8>(0.0f),
+                                MSL_PASS_SITE);
 }
 template <class T>
 MSL_INLINE simdgroup_matrix<T, 8> operator*(simdgroup_matrix<T, 8> a, simdgroup_matrix<T, 8> b) {

@@ -13,8 +13,12 @@ enum class mem_flags : uint {
   mem_threadgroup_imageblock = 8,
   mem_object_data = 16
 };
-MSL_INLINE constexpr mem_flags operator|(mem_flags a, mem_flags b) { return mem_flags((uint)a | (uint)b); }
-MSL_INLINE constexpr mem_flags operator&(mem_flags a, mem_flags b) { return mem_flags((uint)a & (uint)b); }
+MSL_INLINE constexpr mem_flags operator|(mem_flags a, mem_flags b) {
+  return mem_flags((uint)a | (uint)b);
+}
+MSL_INLINE constexpr mem_flags operator&(mem_flags a, mem_flags b) {
+  return mem_flags((uint)a & (uint)b);
+}
 enum thread_scope {
   thread_scope_thread,
   thread_scope_simdgroup,
@@ -31,15 +35,19 @@ void threadgroup_barrier(mem_flags);
 void simdgroup_barrier(mem_flags);
 void threadgroup_barrier(mem_flags, thread_scope);
 #else
-MSL_INLINE void threadgroup_barrier(mem_flags flags, MSL_SITE) { emu_threadgroup_barrier((uint)flags, MSL_MAKE_SITE); }
-MSL_INLINE void simdgroup_barrier(mem_flags flags, MSL_SITE) { emu_simdgroup_barrier((uint)flags, MSL_MAKE_SITE); }
+MSL_INLINE void threadgroup_barrier(mem_flags flags, MSL_SITE) {
+  emu_threadgroup_barrier((uint)flags, MSL_MAKE_SITE);
+}
+MSL_INLINE void simdgroup_barrier(mem_flags flags, MSL_SITE) {
+  emu_simdgroup_barrier((uint)flags, MSL_MAKE_SITE);
+}
 MSL_INLINE void threadgroup_barrier(mem_flags flags, thread_scope, MSL_SITE) {
   emu_threadgroup_barrier((uint)flags, MSL_MAKE_SITE);
 }
 #endif
 
-// ---- what each back end supplies: msl_lane, msl_active, msl_shuffle (the value of another lane), msl_reduce (an xor
-// tree over a full simdgroup), msl_scan, msl_vote
+// ---- what each back end supplies: msl_lane, msl_active, msl_shuffle (the value of another lane),
+// msl_reduce (an xor tree over a full simdgroup), msl_scan, msl_vote
 #if defined(__NVPTX__)
 MSL_INLINE uint msl_lane() { return __nvvm_read_ptx_sreg_laneid(); }
 template <int N>
@@ -49,12 +57,15 @@ struct msl_words {
 template <class T>
 MSL_INLINE T msl_shuffle(const char*, T x, uint lane, uint) {
   if constexpr (sizeof(T) == 1) {
-    return __builtin_bit_cast(T, (uchar)__nvvm_shfl_sync_idx_i32(-1u, __builtin_bit_cast(uchar, x), lane, 31));
+    return __builtin_bit_cast(
+        T, (uchar)__nvvm_shfl_sync_idx_i32(-1u, __builtin_bit_cast(uchar, x), lane, 31));
   } else if constexpr (sizeof(T) == 2) {
-    return __builtin_bit_cast(T, (ushort)__nvvm_shfl_sync_idx_i32(-1u, __builtin_bit_cast(ushort, x), lane, 31));
+    return __builtin_bit_cast(
+        T, (ushort)__nvvm_shfl_sync_idx_i32(-1u, __builtin_bit_cast(ushort, x), lane, 31));
   } else {
     auto w = __builtin_bit_cast(msl_words<sizeof(T) / 4>, x);
-    for (uint i = 0; i < sizeof(T) / 4; ++i) w.word[i] = __nvvm_shfl_sync_idx_i32(-1u, w.word[i], lane, 31);
+    for (uint i = 0; i < sizeof(T) / 4; ++i)
+      w.word[i] = __nvvm_shfl_sync_idx_i32(-1u, w.word[i], lane, 31);
     return __builtin_bit_cast(T, w);
   }
 }
@@ -102,7 +113,8 @@ template <class T>
 MSL_INLINE T msl_shuffle(const char* name, T x, uint lane, MSL_SITE) {
   static_assert(sizeof(T) <= 64, "simdgroup functions take at most 64 bytes here");
   uint active;
-  auto* slots = (const msl_slot<T>*)emu_simd_exchange(name, MSL_MAKE_SITE, &x, sizeof x, nullptr, &active);
+  auto* slots =
+      (const msl_slot<T>*)emu_simd_exchange(name, MSL_MAKE_SITE, &x, sizeof x, nullptr, &active);
   return active >> (lane & 31) & 1 ? slots[lane & 31].value : msl_undefined<T>();
 }
 template <class T, class F>
@@ -129,7 +141,8 @@ MSL_INLINE T msl_reduce(const char* name, T x, F, MSL_SITE) {
 template <bool inclusive, class T, class F>
 MSL_INLINE T msl_scan(const char* name, T x, T zero, F f, MSL_SITE) {
   uint active;
-  auto* slots = (const msl_slot<T>*)emu_simd_exchange(name, MSL_MAKE_SITE, &x, sizeof x, nullptr, &active);
+  auto* slots =
+      (const msl_slot<T>*)emu_simd_exchange(name, MSL_MAKE_SITE, &x, sizeof x, nullptr, &active);
   T r = zero;
   for (uint i = 0; i < msl_lane(); ++i)
     if (active >> i & 1) r = f(r, slots[i].value);
@@ -157,28 +170,38 @@ MSL_INLINE uint msl_active(const char* name, MSL_SITE) {
 
 // ---- operators of reductions
 template <class T>
-using msl_word_of = conditional_t<sizeof(T) == 2, ushort, conditional_t<sizeof(T) == 4, uint, ulong>>;
+using msl_word_of =
+    conditional_t<sizeof(T) == 2, ushort, conditional_t<sizeof(T) == 4, uint, ulong>>;
 struct msl_add {
   template <class T>
-  T operator()(T a, T b) const { return T(a + b); }
+  T operator()(T a, T b) const {
+    return T(a + b);
+  }
 };
 struct msl_multiply {
   template <class T>
-  T operator()(T a, T b) const { return T(a * b); }
+  T operator()(T a, T b) const {
+    return T(a * b);
+  }
 };
 struct msl_maximum {
   template <class T>
-  T operator()(T a, T b) const { return max(a, b); }
+  T operator()(T a, T b) const {
+    return max(a, b);
+  }
 };
 struct msl_minimum {
   template <class T>
-  T operator()(T a, T b) const { return min(a, b); }
+  T operator()(T a, T b) const {
+    return min(a, b);
+  }
 };
 struct msl_and {
   template <class T>
   T operator()(T a, T b) const {
     if constexpr (is_floating_point_v<T>)  // sources instantiate these for floats with the rest
-      return __builtin_bit_cast(T, __builtin_bit_cast(msl_word_of<T>, a) & __builtin_bit_cast(msl_word_of<T>, b));
+      return __builtin_bit_cast(
+          T, __builtin_bit_cast(msl_word_of<T>, a) & __builtin_bit_cast(msl_word_of<T>, b));
     else
       return T(a & b);
   }
@@ -187,7 +210,8 @@ struct msl_or {
   template <class T>
   T operator()(T a, T b) const {
     if constexpr (is_floating_point_v<T>)  // sources instantiate these for floats with the rest
-      return __builtin_bit_cast(T, __builtin_bit_cast(msl_word_of<T>, a) | __builtin_bit_cast(msl_word_of<T>, b));
+      return __builtin_bit_cast(
+          T, __builtin_bit_cast(msl_word_of<T>, a) | __builtin_bit_cast(msl_word_of<T>, b));
     else
       return T(a | b);
   }
@@ -196,33 +220,38 @@ struct msl_xor {
   template <class T>
   T operator()(T a, T b) const {
     if constexpr (is_floating_point_v<T>)  // sources instantiate these for floats with the rest
-      return __builtin_bit_cast(T, __builtin_bit_cast(msl_word_of<T>, a) ^ __builtin_bit_cast(msl_word_of<T>, b));
+      return __builtin_bit_cast(
+          T, __builtin_bit_cast(msl_word_of<T>, a) ^ __builtin_bit_cast(msl_word_of<T>, b));
     else
       return T(a ^ b);
   }
 };
 
 // ---- simdgroup functions
-#define MSL_SHUFFLE(name, source)                                     \
-  template <class T>                                                  \
-  MSL_INLINE T name(T x, ushort i, MSL_SITE) {                        \
-    const uint lane = msl_lane();                                     \
-    return msl_shuffle(#name, x, source, MSL_PASS_SITE);              \
+#define MSL_SHUFFLE(name, source)                        \
+  template <class T>                                     \
+  MSL_INLINE T name(T x, ushort i, MSL_SITE) {           \
+    const uint lane = msl_lane();                        \
+    return msl_shuffle(#name, x, source, MSL_PASS_SITE); \
   }
 // The lanes at the end keep their own value.
-#define MSL_SHUFFLE_KEEP(name, source, keep)                          \
-  template <class T>                                                  \
-  MSL_INLINE T name(T x, ushort i, MSL_SITE) {                        \
-    const uint lane = msl_lane();                                     \
-    T y = msl_shuffle(#name, x, source, MSL_PASS_SITE);               \
-    return keep ? x : y;                                              \
+#define MSL_SHUFFLE_KEEP(name, source, keep)            \
+  template <class T>                                    \
+  MSL_INLINE T name(T x, ushort i, MSL_SITE) {          \
+    const uint lane = msl_lane();                       \
+    T y = msl_shuffle(#name, x, source, MSL_PASS_SITE); \
+    return keep ? x : y;                                \
   }
-#define MSL_REDUCE(name, F)                                           \
-  template <class T>                                                  \
-  MSL_INLINE T name(T x, MSL_SITE) { return msl_reduce(#name, x, F{}, MSL_PASS_SITE); }
-#define MSL_SCAN(name, inclusive, F, zero)                            \
-  template <class T>                                                  \
-  MSL_INLINE T name(T x, MSL_SITE) { return msl_scan<inclusive>(#name, x, T(zero), F{}, MSL_PASS_SITE); }
+#define MSL_REDUCE(name, F)                          \
+  template <class T>                                 \
+  MSL_INLINE T name(T x, MSL_SITE) {                 \
+    return msl_reduce(#name, x, F{}, MSL_PASS_SITE); \
+  }
+#define MSL_SCAN(name, inclusive, F, zero)                             \
+  template <class T>                                                   \
+  MSL_INLINE T name(T x, MSL_SITE) {                                   \
+    return msl_scan<inclusive>(#name, x, T(zero), F{}, MSL_PASS_SITE); \
+  }
 
 MSL_SHUFFLE(simd_shuffle, (void(lane), i))
 MSL_SHUFFLE(simd_broadcast, (void(lane), i))
@@ -233,14 +262,16 @@ MSL_SHUFFLE_KEEP(simd_shuffle_down, (lane + i) & 31, lane + i > 31)
 MSL_SHUFFLE_KEEP(simd_shuffle_up, (lane - i) & 31, lane < i)
 template <class T>
 MSL_INLINE T simd_shuffle_and_fill_down(T x, T fill, ushort delta, ushort modulo = 32, MSL_SITE) {
-  const uint low = msl_lane() & (modulo - 1u), base = msl_lane() - low, from = base + ((low + delta) & (modulo - 1u));
+  const uint low = msl_lane() & (modulo - 1u), base = msl_lane() - low,
+             from = base + ((low + delta) & (modulo - 1u));
   T a = msl_shuffle("simd_shuffle_and_fill_down", x, from, MSL_PASS_SITE);
   T b = msl_shuffle("simd_shuffle_and_fill_down", fill, from, MSL_PASS_SITE);
   return low + delta >= modulo ? b : a;
 }
 template <class T>
 MSL_INLINE T simd_shuffle_and_fill_up(T x, T fill, ushort delta, ushort modulo = 32, MSL_SITE) {
-  const uint low = msl_lane() & (modulo - 1u), base = msl_lane() - low, from = base + ((low - delta) & (modulo - 1u));
+  const uint low = msl_lane() & (modulo - 1u), base = msl_lane() - low,
+             from = base + ((low - delta) & (modulo - 1u));
   T a = msl_shuffle("simd_shuffle_and_fill_up", x, from, MSL_PASS_SITE);
   T b = msl_shuffle("simd_shuffle_and_fill_up", fill, from, MSL_PASS_SITE);
   return low < delta ? b : a;
@@ -265,7 +296,9 @@ struct simd_vote {
   constexpr bool all() const { return (votes & 0xfffffffful) == 0xfffffffful; }
   constexpr bool any() const { return votes != 0; }
 };
-MSL_INLINE simd_vote simd_ballot(bool x, MSL_SITE) { return simd_vote(msl_vote("simd_ballot", x, MSL_PASS_SITE)); }
+MSL_INLINE simd_vote simd_ballot(bool x, MSL_SITE) {
+  return simd_vote(msl_vote("simd_ballot", x, MSL_PASS_SITE));
+}
 MSL_INLINE simd_vote simd_active_threads_mask(MSL_SITE) {
   return simd_vote(msl_active("simd_active_threads_mask", MSL_PASS_SITE));
 }
@@ -279,7 +312,8 @@ template <class T>
 MSL_INLINE T simd_broadcast_first(T x, MSL_SITE) {
 #ifdef MSL_EMU
   uint active;
-  auto* slots = (const msl_slot<T>*)emu_simd_exchange("simd_broadcast_first", MSL_MAKE_SITE, &x, sizeof x, nullptr, &active);
+  auto* slots = (const msl_slot<T>*)emu_simd_exchange("simd_broadcast_first", MSL_MAKE_SITE, &x,
+                                                      sizeof x, nullptr, &active);
   return slots[__builtin_ctz(active)].value;
 #else
   return msl_shuffle("simd_broadcast_first", x, 0, MSL_PASS_SITE);
@@ -287,12 +321,12 @@ MSL_INLINE T simd_broadcast_first(T x, MSL_SITE) {
 }
 
 // ---- quadgroup functions
-#define MSL_QUAD_REDUCE(name, F)                                      \
-  template <class T>                                                  \
-  MSL_INLINE T name(T x, MSL_SITE) {                                  \
-    const uint lane = msl_lane();                                     \
-    x = F{}(x, msl_shuffle(#name, x, lane ^ 1, MSL_PASS_SITE));       \
-    return F{}(x, msl_shuffle(#name, x, lane ^ 2, MSL_PASS_SITE));    \
+#define MSL_QUAD_REDUCE(name, F)                                   \
+  template <class T>                                               \
+  MSL_INLINE T name(T x, MSL_SITE) {                               \
+    const uint lane = msl_lane();                                  \
+    x = F{}(x, msl_shuffle(#name, x, lane ^ 1, MSL_PASS_SITE));    \
+    return F{}(x, msl_shuffle(#name, x, lane ^ 2, MSL_PASS_SITE)); \
   }
 MSL_SHUFFLE(quad_shuffle, (lane & ~3u) + (i & 3))
 MSL_SHUFFLE(quad_broadcast, (lane & ~3u) + (i & 3))
@@ -308,16 +342,16 @@ MSL_QUAD_REDUCE(quad_min, msl_minimum)
 MSL_QUAD_REDUCE(quad_and, msl_and)
 MSL_QUAD_REDUCE(quad_or, msl_or)
 MSL_QUAD_REDUCE(quad_xor, msl_xor)
-#define MSL_QUAD_SCAN(name, inclusive, F, zero)                       \
-  template <class T>                                                  \
-  MSL_INLINE T name(T x, MSL_SITE) {                                  \
-    const uint lane = msl_lane();                                     \
-    T r = T(zero);                                                    \
-    for (uint i = 0; i < 3; ++i) {                                    \
-      T y = msl_shuffle(#name, x, (lane & ~3u) + i, MSL_PASS_SITE);   \
-      if (i < (lane & 3)) r = F{}(r, y);                              \
-    }                                                                 \
-    return inclusive ? F{}(r, x) : r;                                 \
+#define MSL_QUAD_SCAN(name, inclusive, F, zero)                     \
+  template <class T>                                                \
+  MSL_INLINE T name(T x, MSL_SITE) {                                \
+    const uint lane = msl_lane();                                   \
+    T r = T(zero);                                                  \
+    for (uint i = 0; i < 3; ++i) {                                  \
+      T y = msl_shuffle(#name, x, (lane & ~3u) + i, MSL_PASS_SITE); \
+      if (i < (lane & 3)) r = F{}(r, y);                            \
+    }                                                               \
+    return inclusive ? F{}(r, x) : r;                               \
   }
 MSL_QUAD_SCAN(quad_prefix_inclusive_sum, true, msl_add, 0)
 MSL_QUAD_SCAN(quad_prefix_exclusive_sum, false, msl_add, 0)

@@ -90,14 +90,14 @@ template <class T>
 struct remove_addrspace {
   typedef T type;
 };
-#define MSL_REMOVE_SPACE(space)        \
-  template <class T>                   \
-  struct remove_addrspace<space T> {   \
-    typedef T type;                    \
-  };                                   \
-  template <class T>                   \
+#define MSL_REMOVE_SPACE(space)            \
+  template <class T>                       \
+  struct remove_addrspace<space T> {       \
+    typedef T type;                        \
+  };                                       \
+  template <class T>                       \
   struct remove_addrspace<const space T> { \
-    typedef const T type;              \
+    typedef const T type;                  \
   };
 MSL_OTHER_SPACES(MSL_REMOVE_SPACE)
 template <class T>
@@ -204,8 +204,8 @@ struct is_trivially_copyable : bool_constant<__is_trivially_copyable(T)> {};
 template <class T>
 struct is_vector : bool_constant<msl_traits<remove_cv_t<T>>::is_vector> {};
 template <class T>
-struct is_scalar
-    : bool_constant<!is_vector<T>::value && (is_arithmetic<T>::value || __is_enum(T) || __is_pointer(T))> {};
+struct is_scalar : bool_constant<!is_vector<T>::value &&
+                                 (is_arithmetic<T>::value || __is_enum(T) || __is_pointer(T))> {};
 template <class T>
 struct is_signed
     : bool_constant<is_floating_point<T>::value ||
@@ -277,7 +277,8 @@ constexpr bool is_constructible_v = is_constructible<T, A...>::value;
 
 template <class T>
 struct numeric_limits {
-  static constexpr bool is_specialized = msl_is_integer<T>, is_integer = true, is_signed = (T)-1 < (T)0;
+  static constexpr bool is_specialized = msl_is_integer<T>, is_integer = true,
+                        is_signed = (T)-1 < (T)0;
   static constexpr bool has_infinity = false, has_quiet_NaN = false;
   static constexpr int digits = sizeof(T) * 8 - is_signed;
   static constexpr T max() { return is_signed ? (T)(((1ull << (digits - 1)) - 1) * 2 + 1) : (T)-1; }
@@ -293,20 +294,20 @@ struct numeric_limits<bool> {
   static constexpr bool min() { return false; }
   static constexpr bool lowest() { return false; }
 };
-#define MSL_FLOAT_LIMITS(T, largest, smallest, denormal, eps, bits, exponent)             \
-  template <>                                                                             \
-  struct numeric_limits<T> {                                                              \
-    static constexpr bool is_specialized = true, is_integer = false, is_signed = true;    \
-    static constexpr bool has_infinity = true, has_quiet_NaN = true;                      \
-    static constexpr int digits = bits, max_exponent = exponent;                          \
-    static constexpr T max() { return (T)largest; }                                       \
-    static constexpr T lowest() { return (T)-largest; }                                   \
-    static constexpr T min() { return (T)smallest; }                                      \
-    static constexpr T denorm_min() { return (T)denormal; }                               \
-    static constexpr T epsilon() { return (T)eps; }                                       \
-    static constexpr T infinity() { return (T)INFINITY; }                                 \
-    static constexpr T quiet_NaN() { return (T)NAN; }                                     \
-    static constexpr T signaling_NaN() { return (T)NAN; }                                 \
+#define MSL_FLOAT_LIMITS(T, largest, smallest, denormal, eps, bits, exponent)          \
+  template <>                                                                          \
+  struct numeric_limits<T> {                                                           \
+    static constexpr bool is_specialized = true, is_integer = false, is_signed = true; \
+    static constexpr bool has_infinity = true, has_quiet_NaN = true;                   \
+    static constexpr int digits = bits, max_exponent = exponent;                       \
+    static constexpr T max() { return (T)largest; }                                    \
+    static constexpr T lowest() { return (T) - largest; }                              \
+    static constexpr T min() { return (T)smallest; }                                   \
+    static constexpr T denorm_min() { return (T)denormal; }                            \
+    static constexpr T epsilon() { return (T)eps; }                                    \
+    static constexpr T infinity() { return (T)INFINITY; }                              \
+    static constexpr T quiet_NaN() { return (T)NAN; }                                  \
+    static constexpr T signaling_NaN() { return (T)NAN; }                              \
   };
 MSL_FLOAT_LIMITS(float, 0x1.fffffep127f, 0x1p-126f, 0x1p-149f, 0x1p-23f, 24, 128)
 MSL_FLOAT_LIMITS(half, 65504.0f, 0x1p-14f, 0x1p-24f, 0x1p-10f, 11, 16)
@@ -327,7 +328,9 @@ struct array {
   constexpr const T* end() const { return elements + N; }
   constexpr T& front() { return elements[0]; }
   constexpr T& back() { return elements[N - 1]; }
-  constexpr void fill(const T& x) { for (size_t i = 0; i < N; ++i) elements[i] = x; }
+  constexpr void fill(const T& x) {
+    for (size_t i = 0; i < N; ++i) elements[i] = x;
+  }
 };
 
 // <metal_uniform>
