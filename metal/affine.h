@@ -37,9 +37,13 @@ struct Affine {
     pack_row(row, lane, n, bits, out.codes);
   }
 
-  static float decode(thread const Source& in, int i, int bits, int group) {
-    const float scaled =
-        float(unpack(in.codes, i, bits)) * load_float(in.scales, i / group, in.scale_dtype);
-    return scaled + load_float(in.biases, i / group, in.scale_dtype);
+  static void decode(thread const Source& in, int i, int bits, int group, thread float* y) {
+    const float scale = load_float(in.scales, i / group, in.scale_dtype);
+    const float bias = load_float(in.biases, i / group, in.scale_dtype);
+    const uint codes = unpack4(in.codes, i, bits);
+    for (int j = 0; j < 4; ++j) {
+      const float scaled = float(code_at(codes, j, bits)) * scale;
+      y[j] = scaled + bias;
+    }
   }
 };

@@ -17,7 +17,7 @@ struct Dense {
     }
   }
 
-  static float decode(thread const Source& in, int i, int, int) {
-    return load_float(in.codes, i, in.codes_dtype);
+  static void decode(thread const Source& in, int i, int, int, thread float* y) {
+    y[0] = load_float(in.codes, i, in.codes_dtype);
   }
 };

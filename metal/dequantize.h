@@ -12,6 +12,7 @@ template <typename T, typename Codec, int Family, int Bits, int Group>
     constant KvqReadParams& params [[buffer(6)]], threadgroup float* rows [[threadgroup(0)]],
     uint3 at [[thread_position_in_grid]], uint lane [[thread_index_in_simdgroup]],
     uint simdgroup [[simdgroup_index_in_threadgroup]]) {
+  constexpr int kWidth = Family == KVQ_FAMILY_NONE ? 1 : 4;  // elements a lane decodes together
   const int b = int(at.z) / params.heads, g = int(at.z) % params.heads, n = params.head_dim;
   const int64_t slot = params.start + int64_t(at.y);
   const int64_t scale_size = params.scale_dtype == KVQ_FLOAT32 ? 4 : 2;
@@ -28,29 +29,28 @@ template <typename T, typename Codec, int Family, int Bits, int Group>
   in.codes_dtype = params.codes_dtype;
   device T* y = out + (int64_t(at.z) * params.tokens + int64_t(at.y)) * n;
   threadgroup float* row = rows + int(simdgroup) * n;
-  if (kvq_rotate) {
-    for (int base = 0; base < n; base += 32) {
-      const int i = base + int(lane);
-      float v = i < n ? Codec::decode(in, i, Bits, Group) : 0.0f;
-      v = fwht_lanes(v, lane, params.block);
-      if (i < n) {
-        row[i] = v;
+  for (int i = int(lane) * kWidth; i < n; i += 32 * kWidth) {
+    float v[kWidth];
+    Codec::decode(in, i, Bits, Group, v);
+    for (int j = 0; j < kWidth; ++j) {
+      if (kvq_rotate) {
+        row[i + j] = v[j];
+      } else if (kvq_centre) {
+        y[i + j] = to_dtype<T>(v[j] + mean[g * n + i + j]);
+      } else {
+        y[i + j] = Family == KVQ_FAMILY_NONE ? T(v[j]) : to_dtype<T>(v[j]);
       }
     }
-    fwht_row(row, lane, n, params.block);
   }
-  for (int i = int(lane); i < n; i += 32) {
-    float v = 0.0f;
-    if (kvq_rotate) {
-      v = row[i] * params.norm;
-      v *= signs[i];
-    } else {
-      v = Codec::decode(in, i, Bits, Group);
+  if (kvq_rotate) {
+    simdgroup_barrier(mem_flags::mem_threadgroup);
+    fwht(row, lane, n, params.block, params.norm);
+    for (int i = int(lane); i < n; i += 32) {
+      float v = row[i] * signs[i];
+      if (kvq_centre) {
+        v += mean[g * n + i];
+      }
+      y[i] = to_dtype<T>(v);
     }
-    if (kvq_centre) {
-      v += mean[g * n + i];
-    }
-    const bool as_stored = Family == KVQ_FAMILY_NONE && !kvq_rotate && !kvq_centre;
-    y[i] = as_stored ? T(v) : to_dtype<T>(v);
   }
 }

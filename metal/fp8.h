@@ -55,8 +55,11 @@ struct Fp8 {
     }
   }
 
-  static float decode(thread const Source& in, int i, int, int group) {
-    return value_of(in.codes[i]) * load_float(in.scales, i / group, in.scale_dtype);
+  static void decode(thread const Source& in, int i, int, int group, thread float* y) {
+    const float scale = load_float(in.scales, i / group, in.scale_dtype);
+    for (int j = 0; j < 4; ++j) {
+      y[j] = value_of(in.codes[i + j]) * scale;
+    }
   }
 };
 

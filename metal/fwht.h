@@ -1,20 +1,24 @@
 // The block Walsh-Hadamard transform of one vector in a simdgroup, in the order of
-// reference.hadamard: distances below 32 between lanes, the others within a lane.
+// reference.hadamard. Lane j holds elements j, j + 32, ... of the row and touches no others.
 #pragma once
 
 #include "common.h"
 
-/// Stages at distances below 32. v is the lane's element of 32 consecutive ones.
-inline float fwht_lanes(float v, uint lane, int block) {
-  for (ushort distance = 1; distance < 32 && int(distance) < block; distance *= 2) {
-    const float other = simd_shuffle_xor(v, distance);
-    v = (lane & distance) != 0 ? other - v : v + other;
+/// Multiplies row by the orthonormal block Hadamard matrix; norm is 1 / sqrt(block).
+inline void fwht(threadgroup float* row, uint lane, int n, int block, float norm) {
+  // Distances below 32: between lanes.
+  for (int base = 0; base < n; base += 32) {
+    const int i = base + int(lane);
+    float v = i < n ? row[i] : 0.0f;
+    for (ushort distance = 1; distance < 32 && int(distance) < block; distance *= 2) {
+      const float other = simd_shuffle_xor(v, distance);
+      v = (lane & distance) != 0 ? other - v : v + other;
+    }
+    if (i < n) {
+      row[i] = v;
+    }
   }
-  return v;
-}
-
-/// Stages at distances from 32 on, where both elements belong to the same lane.
-inline void fwht_row(threadgroup float* row, uint lane, int n, int block) {
+  // From 32 on both elements belong to the same lane.
   for (int distance = 32; distance < block; distance *= 2) {
     for (int base = 0; base < n; base += 2 * distance) {
       for (int i = base + int(lane); i < base + distance; i += 32) {
@@ -23,5 +27,8 @@ inline void fwht_row(threadgroup float* row, uint lane, int n, int block) {
         row[i + distance] = a - b;
       }
     }
+  }
+  for (int i = int(lane); i < n; i += 32) {
+    row[i] *= norm;
   }
 }

@@ -41,9 +41,12 @@ struct Q8_0 {
     }
   }
 
-  static float decode(thread const Source& in, int i, int, int) {
+  static void decode(thread const Source& in, int i, int, int, thread float* y) {
     const device uchar* block = in.codes + i / 32 * 34;
-    return float(as_type<char>(block[2 + i % 32])) * load_block_scale(block);
+    const float d = load_block_scale(block);
+    for (int j = 0; j < 4; ++j) {
+      y[j] = float(as_type<char>(block[2 + i % 32 + j])) * d;
+    }
   }
 };
 
@@ -72,10 +75,12 @@ struct Q4_0 {
     }
   }
 
-  static float decode(thread const Source& in, int i, int, int) {
+  static void decode(thread const Source& in, int i, int, int, thread float* y) {
     const device uchar* block = in.codes + i / 32 * 18;
-    const uint pair = block[2 + i % 16];
-    const uint code = i % 32 < 16 ? pair & 15u : pair >> 4;
-    return float(int(code) - 8) * load_block_scale(block);
+    const float d = load_block_scale(block);
+    for (int j = 0; j < 4; ++j) {
+      const uint pair = block[2 + i % 16 + j];
+      y[j] = float(int(i % 32 < 16 ? pair & 15u : pair >> 4) - 8) * d;
+    }
   }
 };

@@ -18,23 +18,12 @@ template <typename T>
   const int n = params.head_dim;
   const int64_t first = int64_t(at.y) * n;
   threadgroup float* row = rows + int(simdgroup) * n;
-  for (int base = 0; base < n; base += 32) {
-    const int i = base + int(lane);
-    float v = i < n ? float(x[first + i]) : 0.0f;
-    if (kvq_signs && !kvq_inverse && i < n) {
-      v *= signs[i];
-    }
-    v = fwht_lanes(v, lane, params.block);
-    if (i < n) {
-      row[i] = v;
-    }
-  }
-  fwht_row(row, lane, n, params.block);
   for (int i = int(lane); i < n; i += 32) {
-    float v = row[i] * params.norm;
-    if (kvq_signs && kvq_inverse) {
-      v *= signs[i];
-    }
-    out[first + i] = to_dtype<T>(v);
+    const float v = float(x[first + i]);
+    row[i] = kvq_signs && !kvq_inverse ? v * signs[i] : v;
+  }
+  fwht(row, lane, n, params.block, params.norm);
+  for (int i = int(lane); i < n; i += 32) {
+    out[first + i] = to_dtype<T>(kvq_signs && kvq_inverse ? row[i] * signs[i] : row[i]);
   }
 }

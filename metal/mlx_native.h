@@ -22,34 +22,17 @@ constant bool kvq_rotate [[function_constant(1)]];
   device float* y = out + (int64_t(at.z) * params.tokens + int64_t(at.y)) * n;
   threadgroup float* row = rows + int(simdgroup) * n;
   const uint mask = (1u << params.bits) - 1u;
-  for (int base = 0; base < n; base += 32) {
-    const int i = base + int(lane);
-    float v = 0.0f;
-    if (i < n) {
-      const uint index =
-          params.bits == 4 ? (uint(code[i / 2]) >> (i % 2 * 4)) & mask : uint(code[i]) & mask;
-      // Up to D = 256 the L2 norm is stored; beyond, the RMS of every 256 coordinates.
-      const float factor = n > 256 ? norm[i / 256] / params.divisor : norm[0] * params.scale;
-      v = codebook[index] * factor;
-    }
-    if (kvq_rotate) {
-      v = fwht_lanes(v, lane, params.block);
-    }
-    if (i < n) {
-      row[i] = v;
-    }
+  for (int i = int(lane); i < n; i += 32) {
+    const uint index =
+        params.bits == 4 ? (uint(code[i / 2]) >> (i % 2 * 4)) & mask : uint(code[i]) & mask;
+    // Up to D = 256 the L2 norm is stored; beyond, the RMS of every 256 coordinates.
+    const float factor = n > 256 ? norm[i / 256] / params.divisor : norm[0] * params.scale;
+    row[i] = codebook[index] * factor;
   }
   if (kvq_rotate) {
-    fwht_row(row, lane, n, params.block);
+    fwht(row, lane, n, params.block, params.norm);
   }
   for (int i = int(lane); i < n; i += 32) {
-    float v = row[i];
-    if (kvq_rotate) {
-      v *= params.norm;
-      if (kvq_signs) {
-        v *= signs[i];
-      }
-    }
-    y[i] = v;
+    y[i] = kvq_rotate && kvq_signs ? row[i] * signs[i] : row[i];
   }
 }

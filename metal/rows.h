@@ -28,33 +28,21 @@ inline void load_row(const device T* x, const device float* signs, const device 
                      constant KvqWriteSide& side, threadgroup float* row, uint lane, bool bounded,
                      bool rotate, bool centre) {
   const int n = side.head_dim;
-  for (int base = 0; base < n; base += 32) {
-    const int i = base + int(lane);
-    float v = 0.0f;
-    if (i < n) {
-      v = float(x[i]);
-      if (centre) {
-        v -= mean[i];
-      }
-      if (bounded) {
-        v = bound(v, KVQ_ROTATED_LIMIT);
-      }
-      if (rotate) {
-        v *= signs[i];
-      }
+  for (int i = int(lane); i < n; i += 32) {
+    float v = float(x[i]);
+    if (centre) {
+      v -= mean[i];
+    }
+    if (bounded) {
+      v = bound(v, KVQ_ROTATED_LIMIT);
     }
     if (rotate) {
-      v = fwht_lanes(v, lane, side.block);
+      v *= signs[i];
     }
-    if (i < n) {
-      row[i] = v;
-    }
+    row[i] = v;
   }
   if (rotate) {
-    fwht_row(row, lane, n, side.block);
-    for (int i = int(lane); i < n; i += 32) {
-      row[i] *= side.norm;
-    }
+    fwht(row, lane, n, side.block, side.norm);
   }
 }
 

@@ -75,7 +75,11 @@ struct TurboQuant {
     pack_row(row, lane, n, bits, out.codes);
   }
 
-  static float decode(thread const Source& in, int i, int bits, int) {
-    return codebook_of(bits)[unpack(in.codes, i, bits)] * load_float(in.scales, 0, in.scale_dtype);
+  static void decode(thread const Source& in, int i, int bits, int, thread float* y) {
+    const float norm = load_float(in.scales, 0, in.scale_dtype);
+    const uint codes = unpack4(in.codes, i, bits);
+    for (int j = 0; j < 4; ++j) {
+      y[j] = codebook_of(bits)[code_at(codes, j, bits)] * norm;
+    }
   }
 };

@@ -218,14 +218,22 @@ def test_mlx_native(bits: int, mode: str) -> None:
                 )  # fmt: skip
 
 
-def test_the_barrier_is_needed() -> None:
-    """There is one: without it the race build must object."""
-    found = re.findall(r"\w+_barrier\(.*?\);", toolchain.flatten(METAL / "affine.metal"))
-    assert found == ["simdgroup_barrier(mem_flags::mem_threadgroup);"]
+@pytest.mark.parametrize("direction", ["quantize", "dequantize"])
+def test_barriers_are_needed(direction: str) -> None:
+    """Each direction has one barrier: without it the race build must object."""
+    source = toolchain.flatten(METAL / "affine.metal")
+    barriers = re.findall(r"(simdgroup_barrier\(.*\);\n)(.*\n)", source)
+    assert len(barriers) == source.count("_barrier") == 2
+    barrier, next_line = barriers[["quantize", "dequantize"].index(direction)]
+    fmt, x = KVFormat("int4"), normal(1, 1, 1, 128)
+    options = {"mode": "race", "signs": hadamard_signs(128)}
+    edits = ((barrier + next_line, next_line),)
     with pytest.raises(emulator.KernelFault, match="RACE inside a simdgroup"):
-        codec_launch.quantize(
-            normal(1, 1, 1, 128), KVFormat("int4"), mode="race", edits=((found[0], ""),)
-        )
+        if direction == "quantize":
+            codec_launch.quantize(x, fmt, edits=edits, **options)
+        else:
+            packed = reference.quantize(x, "int4", signs=options["signs"])
+            codec_launch.dequantize(packed, fmt, edits=edits, **options)
 
 
 @pytest.mark.parametrize("name", LIBRARIES)
