@@ -7,6 +7,7 @@ import torch
 
 transformers = pytest.importorskip("transformers", reason="the hf extra is not installed")
 
+from torch._dynamo.testing import CompileCounterWithBackend  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache  # noqa: E402
 from transformers.cache_utils import (  # noqa: E402
     Cache,
@@ -192,6 +193,25 @@ def test_static_cache_gives_the_same_tokens(tiny_model):
     growing = generate(tiny_model, inputs, KVQCache(config, "int8"), "kvq")
     static = generate(tiny_model, inputs, KVQCache(config, "int8", max_cache_len=96), "kvq")
     assert torch.equal(growing, static)
+
+
+def test_static_decode_compiles_to_one_graph(device):
+    """model.forward with a static cache: one graph over a whole generation, eager's tokens."""
+    torch._dynamo.reset()
+    model = AutoModelForCausalLM.from_config(tiny_config("LlamaConfig")).eval().to(device)
+    inputs = prompt_tokens(model)
+    expected = generate(model, inputs, KVQCache(model.config, "int8", "int4-rot"), "kvq")
+    cache = KVQCache(model.config, "int8", "int4-rot", max_cache_len=64)
+    counter = CompileCounterWithBackend("aot_eager")
+    step = torch.compile(model.forward, fullgraph=True, backend=counter)
+    with torch.no_grad():
+        logits = model(**inputs, past_key_values=cache, use_cache=True).logits
+        out = [logits[:, -1:].argmax(-1)]
+        while len(out) < 24:
+            logits = step(input_ids=out[-1], past_key_values=cache, use_cache=True).logits
+            out.append(logits[:, -1:].argmax(-1))
+    assert torch.equal(torch.cat([inputs["input_ids"], *out], dim=1), expected)
+    assert counter.frame_count == 1
 
 
 def test_a_packed_cache_under_another_attention_is_refused(device):
