@@ -1,4 +1,4 @@
-"""Every barrier of the attention kernels is needed, and the race build misses it when it is gone."""
+"""Every barrier of the attention kernels is needed: without it the race build finds a fault."""
 
 from __future__ import annotations
 
