@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterator
+from types import ModuleType
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from tests.helpers import (
     hostile,
     normal,
 )
+from tests.softmetal.requirement import missing
 from torch_kvq import reference
 from torch_kvq.codebooks import codebook, hadamard_signs
 from torch_kvq.formats import FLOAT_DTYPES, KVFormat
@@ -256,18 +259,52 @@ def test_offsets_beyond_2_31() -> None:
     assert_bytes(out, reference.dequantize(*tail, fmt.name, 128))
 
 
-def test_every_kernel_the_host_can_name_exists() -> None:
-    """Compares csrc/mps/names.mm, run on the software device, with the libraries."""
+@pytest.fixture(scope="module")
+def software_device() -> Iterator[ModuleType]:
     from tests import softmetal
 
     if reason := softmetal.unavailable_reason():
-        pytest.skip(reason)
+        missing(reason)
     softmetal.install()
+    yield softmetal
+    torch.mps.synchronize()
+
+
+def test_every_kernel_the_host_can_name_exists(software_device: ModuleType) -> None:
+    """Compares csrc/mps/names.mm, run on the software device, with the libraries."""
     expected = torch.ops.kvq_metal.expected_kernels()
     assert len(set(expected)) == len(expected)
     held = {f"{lib}.{k}" for lib in LIBRARIES for k in torch.ops.kvq_metal.kernels(lib)}
     assert held == set(expected)
     assert set(LIBRARIES) <= set(torch.ops.kvq_metal.libraries())
+
+
+def test_one_dispatch_per_op(software_device: ModuleType) -> None:
+    """K and V of an append, any range of a dequantize: one dispatch, no commit, no wait."""
+    k = normal(2, 2, 3, 64, dtype=torch.float16).to("mps")
+    v = normal(2, 2, 3, 128, dtype=torch.float16).to("mps")
+    k_packed = KVFormat("int8").empty(2, 2, 9, 64, dtype=torch.float16, device="mps")
+    v_packed = KVFormat("q4_0").empty(2, 2, 9, 128, dtype=torch.float16, device="mps")
+    position, one = torch.tensor([1, 4], device="mps"), k[:, :, :1].clone()
+    calls: dict[str, tuple[int, Callable[[], object]]] = {
+        "append_": (1, lambda: torch.ops.kvq.append_(
+            *k_packed, *v_packed, k, v, position, "int8", 64, "q4_0", 0, ring=True)),
+        "quantize_into_": (1, lambda: torch.ops.kvq.quantize_into_(
+            *k_packed, k, position, "int8", 64)),
+        "kv_cache_update_": (1, lambda: torch.ops.kvq.kv_cache_update_(k, one, 2)),
+        "quantize": (1, lambda: torch.ops.kvq.quantize(k, "int4", 32)),
+        "dequantize": (1, lambda: torch.ops.kvq.dequantize(
+            *k_packed, "int8", 64, start=2, length=5)),
+        "qdq": (2, lambda: torch.ops.kvq.qdq(k, "int4", 32)),
+        "hadamard": (1, lambda: torch.ops.kvq.hadamard(k)),
+    }  # fmt: skip
+    for name, (dispatches, call) in calls.items():
+        torch.mps.synchronize()
+        software_device.reset_stats()
+        call()
+        stats = software_device.stats()
+        assert stats["dispatches"] == stats["encoders"] + dispatches - 1 == dispatches, name
+        assert stats["explicit_commits"] == stats["waits"] == stats["fallbacks"] == 0, name
 
 
 def test_no_file_of_metal_is_left_out() -> None:
