@@ -1,6 +1,8 @@
 // The import hook: loading torch_kvq._C registers everything.
 #include <Python.h>
 
+#include <exception>
+
 #include "cpu/kernels/kernels.h"
 
 namespace {

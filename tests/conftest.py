@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,9 +20,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--device") == "mps" and sys.platform != "darwin":
-        from tests.softmetal import install
+        from tests.softmetal import BuildError, Unavailable, install
 
-        install()
+        try:
+            install()
+        except (BuildError, Unavailable) as error:
+            pytest.exit(f"--device mps: {error}", returncode=1)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -36,6 +40,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(scope="session")
 def device(request: pytest.FixtureRequest) -> str:
     return request.config.getoption("--device")
+
+
+@pytest.fixture(autouse=True)
+def wait_for_the_device(device: str) -> Iterator[None]:
+    """A kernel's fault belongs to the test that launched it."""
+    yield
+    if device == "mps":
+        import torch
+
+        torch.mps.synchronize()
 
 
 @pytest.fixture(scope="session")
