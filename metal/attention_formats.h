@@ -174,8 +174,11 @@ struct KvqFp8 : KvqPlain {
       const uint w = words[i / 4 + k];
       uint even, odd;  // bytes 0 and 2, bytes 1 and 3, each as two float16
       if (EXPONENT == 4) {
-        even = ((w << 7) & 0x3F803F80u) | ((w << 8) & 0x80008000u);
-        odd = ((w >> 1) & 0x3F803F80u) | (w & 0x80008000u);
+        // e4m3's NaN, 0x7F, is the one code whose low seven bits carry. Bit 14, which no other
+        // code has use for, makes it float16's.
+        const uint nan = (w & 0x7F7F7F7Fu) + 0x01010101u;
+        even = ((w << 7) & 0x3F803F80u) | ((w << 8) & 0x80008000u) | ((nan << 7) & 0x40004000u);
+        odd = ((w >> 1) & 0x3F803F80u) | (w & 0x80008000u) | ((nan >> 1) & 0x40004000u);
       } else {
         even = (w << 8) & 0xFF00FF00u;
         odd = w & 0xFF00FF00u;
@@ -185,12 +188,6 @@ struct KvqFp8 : KvqPlain {
       c[4 * k + 1] = b.x;
       c[4 * k + 2] = a.y;
       c[4 * k + 3] = b.y;
-      // e4m3's NaN, 0x7F, has no counterpart. No encoder of ours writes it.
-      if (EXPONENT == 4 && (((w & 0x7F7F7F7Fu) + 0x01010101u) & 0x80808080u) != 0) {
-        KVQ_UNROLL for (uint e = 0; e < 4; ++e) {
-          if (((w >> (8 * e)) & 0x7Fu) == 0x7Fu) c[4 * k + e] = as_type<float>(0x7FC00000u);
-        }
-      }
     }
   }
 };
