@@ -140,6 +140,19 @@ def _bound(params, value, default):
     return value.contiguous()
 
 
+def choose(query, k_packed, v_packed, k, v, prefill, rows=None, aligned=True):
+    """(name, line, rows) of the kernel for these tensors; few rows unless `rows` says otherwise."""
+    if rows is None:
+        repeat = query.shape[1] // k_packed[0].shape[1]
+        rows = min(8, 1 << (query.shape[2] * repeat - 1).bit_length())
+    k_dtype, v_dtype = (
+        (codes if fmt.family == "none" else scales).dtype
+        for (codes, scales, _), fmt in ((k_packed, k), (v_packed, v))
+    )
+    dims = query.shape[-1], v.head_dim(v_packed[0].shape[-1])
+    return *compose(prefill, query.dtype, k, k_dtype, v, v_dtype, *dims, rows, aligned), rows
+
+
 def attention(
     query,
     k_codes,
@@ -190,22 +203,22 @@ def attention(
     value_dim = v.head_dim(v_codes.shape[-1])
     repeat = heads // groups
     prefill = kernel == "prefill"
-    if rows is None:
-        rows = min(8, 1 << (queries * repeat - 1).bit_length())
+    k_packed, v_packed = (k_codes, k_scales, k_biases), (v_codes, v_scales, v_biases)
+    name, line, rows = choose(query, k_packed, v_packed, k, v, prefill, rows, aligned)
 
     p = np.zeros((), PARAMS)
     buffers = [_storage(query)]
-    buffers += _side(p["k"], (k_codes, k_scales, k_biases), k_signs, k_mean)
-    buffers += _side(p["v"], (v_codes, v_scales, v_biases), v_signs, v_mean)
+    buffers += _side(p["k"], k_packed, k_signs, k_mean)
+    buffers += _side(p["v"], v_packed, v_signs, v_mean)
     buffers.append(_bound(p["kv_length"], kv_length, 0))
     buffers.append(_bound(p["kv_start"], kv_start, 0))
     buffers.append(_bound(p["kv_end"], kv_end, np.iinfo(np.int64).max))
-    for name, stride in zip(("batch", "head", "token"), query.stride(), strict=False):
-        p[f"query_{name}"] = stride
+    for field, stride in zip(("batch", "head", "token"), query.stride(), strict=False):
+        p[f"query_{field}"] = stride
     if mask is not None:
         strides = mask.expand(batch, heads, queries, mask.shape[-1]).stride()
-        for name, stride in zip(("batch", "head", "query", "column"), strides, strict=True):
-            p[f"mask_{name}"] = stride
+        for field, stride in zip(("batch", "head", "query", "column"), strides, strict=True):
+            p[f"mask_{field}"] = stride
         p["mask_columns"] = mask.shape[-1]
         p["mask_kind"] = MASKS[mask.dtype]
     buffers.append(_storage(mask) if mask is not None and mask.numel() else None)
@@ -215,13 +228,13 @@ def attention(
     lse = torch.full((batch, heads, queries), math.nan)
     shape = (batch, heads, queries, splits, value_dim + 2) if splits > 1 else (1,)
     partial = torch.full(shape, math.nan)
-    for name, value in {
+    for field, value in {
         "heads": heads, "groups": groups, "queries": queries, "capacity": capacity,
         "value_dim": value_dim, "splits": splits, "causal": causal, "ring": ring,
         "window": window, "has_sinks": sinks is not None, "softcap": softcap, "magic": 0x4B000000,
         "scale": 1 / math.sqrt(head_dim) if scale is None else scale,
     }.items():  # fmt: skip
-        p[name] = value
+        p[field] = value
     placeholder = np.zeros(256, np.uint8)
     # Inputs that are no multiple of their type's size past the end would read the placeholder.
     buffers = [placeholder if b is None else b for b in buffers]
@@ -229,11 +242,6 @@ def attention(
     if in_place:
         buffers = [emulator.InPlace(b) for b in buffers]
 
-    k_dtype = k_codes.dtype if k.family == "none" else k_scales.dtype
-    v_dtype = v_codes.dtype if v.family == "none" else v_scales.dtype
-    name, line = compose(
-        prefill, query.dtype, k, k_dtype, v, v_dtype, head_dim, value_dim, rows, aligned
-    )
     library = library or emulator.load(source(prefill, line), mode)
     tile = PREFILL_ROWS if prefill else rows
     grid = (splits, -(-queries * repeat // tile), batch * groups)

@@ -11,8 +11,8 @@ from torch_kvq import reference
 from torch_kvq.codebooks import hadamard_signs
 from torch_kvq.formats import FLOAT_DTYPES, FORMATS, GROUP_SIZES, KVFormat, default_scale_dtype
 
-from .. import requirements
-from .attention_launch import attention
+from .. import emulator, requirements
+from .attention_launch import attention, choose, source
 
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
 ALL_FORMATS = [
@@ -433,26 +433,39 @@ def test_row_tiles():
         check_close(case, launch={"rows": rows})
 
 
+def check_together(cases, kernel, mode="fast"):
+    """check_accuracy of cases whose kernels are in one library: a process can load some 200."""
+    prefill = kernel == "prefill"
+    lines = {
+        choose(case.query, *case.packed, case.k_format, case.v_format, prefill)[1] for case in cases
+    }
+    library = emulator.load(source(prefill, "".join(sorted(lines))), mode)
+    for case in cases:
+        check_accuracy(case, kernel=kernel, splits=2, mode=mode, library=library)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("fmt", ALL_FORMATS, ids=str)
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("kernel", ["decode", "prefill"])
-def test_every_format_dtype_and_head_size(kernel, dtype, fmt):
-    for head_dim in filter(lambda d: holds(fmt, d), HEAD_DIMS):
-        queries = 1 if kernel == "decode" else 17
-        case = Case(
-            fmt, fmt, dtype, heads=4, groups=2, queries=queries, head_dim=head_dim, tokens=120
-        )
-        check_accuracy(case, kernel=kernel, splits=2)
+def test_every_format_dtype_and_head_size(kernel, fmt):
+    queries = 1 if kernel == "decode" else 17
+    cases = [
+        Case(fmt, fmt, dtype, heads=4, groups=2, queries=queries, head_dim=head_dim, tokens=120)
+        for dtype in FLOAT_DTYPES
+        for head_dim in HEAD_DIMS
+        if holds(fmt, head_dim)
+    ]
+    check_together(cases, kernel)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fmt", ALL_FORMATS, ids=str)
+@pytest.mark.parametrize(("kernel", "queries"), [("decode", 1), ("prefill", 9)])
 @pytest.mark.parametrize("mode", ["race", "asan", "fastmath"])
-def test_every_format_in_every_build(mode, fmt):
-    for kernel, queries in (("decode", 1), ("prefill", 9)):
-        case = Case(
-            fmt, fmt, torch.float32, heads=3, queries=queries, tokens=90,
-            head_dim=smallest_dim(fmt),
-        )  # fmt: skip
-        check_accuracy(case, kernel=kernel, splits=2, mode=mode)
+def test_every_format_in_every_build(mode, kernel, queries):
+    cases = [
+        Case(
+            fmt, fmt, torch.float32, heads=3, queries=queries, tokens=90, head_dim=smallest_dim(fmt)
+        )
+        for fmt in ALL_FORMATS
+    ]
+    check_together(cases, kernel, mode)
