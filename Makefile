@@ -27,9 +27,15 @@ APT_PACKAGES := clang-19 libobjc-12-dev libblocksruntime-dev libclang-rt-19-dev 
 demo: .venv/stamp-built .venv/stamp-hf
 	@$(BIN)/python -m torch_kvq demo $(ARGS)
 
-# Two workers share the cores, so each computes on one thread.
+# Two workers share the cores, so each computes on one thread. The second run repeats the tests of
+# the ops, the cache and transformers on MPS: a Mac's, or on Linux the software device.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+HAS_MPS = [ "$$(uname -s)" = Darwin ] || command -v clang++-19 >/dev/null
+
 test: .venv/stamp-built .venv/stamp-test .venv/stamp-apt
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+	$(PYTEST) tests
+	@if $(HAS_MPS) || [ -n "$(KVQ_REQUIRE_ALL)" ]; then set -x; $(PYTEST) --device mps tests/test_*.py; \
+	else echo "make: no clang-19: the tests on the software mps device are skipped"; fi
 
 test-all: PYTEST_ARGS += --slow
 test-all: test

@@ -283,7 +283,7 @@ def test_half_and_to_do_not_damage_it(device):
     before = state(cache)
     dtypes = [b.dtype for b in cache.buffers()]
     module = torch.nn.Sequential(cache)
-    module.half().bfloat16().double().to(device)
+    module.half().bfloat16().float().to(device)
     assert [b.dtype for b in cache.buffers()] == dtypes
     assert all(map(torch.equal, before, state(cache)))
     assert not module.state_dict()

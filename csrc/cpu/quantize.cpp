@@ -124,6 +124,9 @@ void write_sides(const char* op, const std::vector<SideArguments>& sides,
     const Format format = Format::parse(op, s.format, s.group_size);
     check_packed(op, s.prefix, s.packed, format);
     check_append(op, s.name, s.x, s.packed, format);
+    TORCH_CHECK_VALUE(s.x.size(0) == static_cast<int64_t>(positions.size()), "[kvq.", op,
+                      "] key and value must have the same batch, got ", positions.size(), " and ",
+                      s.x.size(0));
     TORCH_CHECK_VALUE(s.packed.codes.device() == s.x.device(), "[kvq.", op, "] ", s.prefix,
                       "codes must be on ", s.x.device(), ", got ", s.packed.codes.device());
     check_capacity(op, positions, s.x.size(2), s.packed.codes.size(2), ring);

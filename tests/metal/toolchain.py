@@ -56,6 +56,7 @@ _TRACED = """
     -O1 -ffp-contract=off -gline-tables-only -fsanitize=kernel-address
     -mllvm -asan-instrumentation-with-call-threshold=0 -mllvm -asan-kernel-mem-intrinsic-prefix=1
     """.split()
+_SAFE_MATH = re.compile(r"^\s*#pragma METAL fp math_mode\(safe\)", re.MULTILINE)
 _KERNEL_FLAGS = {
     "fast": "-O2 -ffp-contract=off".split(),
     "fastmath": "-O2 -ffast-math".split(),
@@ -179,6 +180,8 @@ def compile_library(
     """
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+    if mode == "fastmath" and _SAFE_MATH.search(source):
+        mode = "fast"  # the pragma outranks the compile options
     key = _digest(_toolchain_id(), mode, source, repr(sorted((defines or {}).items())), only or "")
     path = cache_dir() / mode / f"{key}.so"
     if not path.exists():

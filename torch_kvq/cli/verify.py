@@ -121,6 +121,25 @@ def check_quantize(
     return mismatches(ours, expected), 0.0
 
 
+def check_quantize_into(
+    fmt: KVFormat, dtype: torch.dtype, head_dim: int, device: str
+) -> tuple[float, float]:
+    """Three tokens into the middle of a cache of seven; every other slot must stay as it was."""
+    x, signs = sample(1, 2, 3, head_dim, dtype=dtype), rotation(fmt, head_dim)
+    caches = []
+    for where, write in ((device, ops.quantize_into_), ("cpu", reference.quantize_into_)):
+        cache = Packed(*fmt.empty(1, 2, 7, head_dim, dtype=dtype, device=where))
+        for tensor in cache:
+            tensor.fill_(7)
+        on_x, on_signs = on(where, x, signs)
+        if write is ops.quantize_into_:
+            write(cache, on_x, 2, fmt, signs=on_signs)
+        else:
+            write(*cache, on_x, 2, fmt.name, fmt.group_size, signs=on_signs)
+        caches.append(cache)
+    return mismatches(*caches), 0.0
+
+
 def check_append(
     fmt: KVFormat, dtype: torch.dtype, head_dim: int, device: str
 ) -> tuple[float, float]:
@@ -293,6 +312,7 @@ def _codec_cases(fmt: KVFormat, dtype: torch.dtype, d: int) -> Iterator[Case]:
             run = _bind(check_quantize, chosen, dtype, d, encoder)
             yield Case("quantize", name, dtype, d, encoder, run)
         for op, check in (
+            ("quantize_into_", check_quantize_into),
             ("append_", check_append),
             ("dequantize", check_dequantize),
             ("qdq", check_qdq),

@@ -1,0 +1,64 @@
+"""``python -m torch_kvq verify``: its cases agree here, and a wrong kernel would be reported."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from torch_kvq import ops
+from torch_kvq.cli import main, verify
+
+OPS = sorted({case.op for case in verify.cases(quick=True)})
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_case_agrees(op, device, capsys):
+    assert main(["verify", "--device", device, "--quick", "--json", "--op", op]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["device"] == device
+    assert report["torch"] == torch.__version__
+    assert report["cases"]
+    for row in report["cases"]:
+        assert row["ok"], row
+        assert set(row) == {
+            "op", "format", "dtype", "head_dim", "variant", "max_error", "ok", "message",
+        }  # fmt: skip
+
+
+def test_all_ops_and_formats_are_covered():
+    full = list(verify.cases(quick=False))
+    names = {torch_op.split("::")[1].split(".")[0] for torch_op in _schema_names()}
+    assert names == {case.op for case in full}
+    for op in ("quantize", "append_", "dequantize", "qdq", "attention"):
+        formats = {case.format for case in full if case.op == op}
+        for fmt in verify.formats_to_check(quick=False):
+            assert str(fmt) in formats
+
+
+def _schema_names() -> list[str]:
+    return [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("kvq::")]
+
+
+def test_a_wrong_kernel_fails(device, capsys, monkeypatch):
+    right = ops.hadamard
+    monkeypatch.setattr(ops, "hadamard", lambda x, signs, back: right(x, signs, not back))
+    assert main(["verify", "--device", device, "--quick", "--op", "hadamard"]) == 1
+    out = capsys.readouterr().out
+    assert "FAILED hadamard dense float32 D=64" in out
+    assert "6 cases failed" in out
+
+
+def test_a_refusal_is_a_failed_case_with_its_message(device, capsys, monkeypatch):
+    def refuse(*args: object) -> None:
+        raise RuntimeError("[kvq.hadamard] no such kernel")
+
+    monkeypatch.setattr(ops, "hadamard", refuse)
+    assert main(["verify", "--device", device, "--quick", "--op", "hadamard"]) == 1
+    assert "[kvq.hadamard] no such kernel" in capsys.readouterr().out
+
+
+def test_unknown_op_is_one_sentence(device, capsys):
+    assert main(["verify", "--device", device, "--op", "nothing"]) == 1
+    assert "no case checks an op named 'nothing'" in capsys.readouterr().err
