@@ -126,16 +126,17 @@ def check_quantize_into(
 ) -> tuple[float, float]:
     """Three tokens into the middle of a cache of seven; every other slot must stay as it was."""
     x, signs = sample(1, 2, 3, head_dim, dtype=dtype), rotation(fmt, head_dim)
+    names = (fmt.name, fmt.group_size)
     caches = []
-    for where, write in ((device, ops.quantize_into_), ("cpu", reference.quantize_into_)):
-        cache = Packed(*fmt.empty(1, 2, 7, head_dim, dtype=dtype, device=where))
+    for where, write in (
+        (device, torch.ops.kvq.quantize_into_.int),
+        ("cpu", reference.quantize_into_),
+    ):
+        cache = fmt.empty(1, 2, 7, head_dim, dtype=dtype, device=where)
         for tensor in cache:
             tensor.fill_(7)
         on_x, on_signs = on(where, x, signs)
-        if write is ops.quantize_into_:
-            write(cache, on_x, 2, fmt, signs=on_signs)
-        else:
-            write(*cache, on_x, 2, fmt.name, fmt.group_size, signs=on_signs)
+        write(*cache, on_x, 2, *names, signs=on_signs)
         caches.append(cache)
     return mismatches(*caches), 0.0
 
