@@ -56,13 +56,12 @@ void check_no_overlap(const char* op,
                       const std::vector<std::pair<const char*, at::Tensor>>& read);
 
 /// [start, start + length) lies within the capacity; returns length.
-int64_t check_range(const char* op, int64_t start, std::optional<int64_t> length,
-                    int64_t capacity);
+int64_t check_range(const char* op, int64_t start, std::optional<int64_t> length, int64_t capacity);
 
 /// Checked arguments of mlx_native_dequantize.
 struct MlxNative {
-  Side side;             ///< head_dim and signs
-  at::Tensor codebook;   ///< float32 [2^bits], contiguous
+  Side side;            ///< head_dim and signs
+  at::Tensor codebook;  ///< float32 [2^bits], contiguous
   int64_t tokens = 0;
 };
 

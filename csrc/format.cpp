@@ -46,7 +46,8 @@ Format Format::parse(const char* op, std::string_view name, int64_t group_size) 
     return format;
   }
   std::string known;
-  for (const Format& format : kFormats) known += (known.empty() ? "" : ", ") + std::string(format.name);
+  for (const Format& format : kFormats)
+    known += (known.empty() ? "" : ", ") + std::string(format.name);
   TORCH_CHECK_VALUE(false, "[kvq.", op, "] unknown format '", std::string(name),
                     "'; expected one of ", known);
 }
@@ -93,7 +94,8 @@ KvqEncoder Format::parse_encoder(const char* op, std::string_view encoder) const
   if (encoder == "default") return KVQ_ENCODER_DEFAULT;
   if (encoder == "unbiased" && family == KVQ_FAMILY_TURBOQUANT) return KVQ_ENCODER_UNBIASED;
   TORCH_CHECK_VALUE(false, "[kvq.", op, "] ", name, " has no encoder '", std::string(encoder),
-                    "'; expected ", family == KVQ_FAMILY_TURBOQUANT ? "default or unbiased" : "default");
+                    "'; expected ",
+                    family == KVQ_FAMILY_TURBOQUANT ? "default or unbiased" : "default");
 }
 
 std::string Format::str() const {

@@ -12,9 +12,9 @@ namespace kvq {
 
 struct Format {
   KvqFamily family;
-  int bits;        ///< bits of a code; 0 for none
-  int group;       ///< elements that share a scale; 0 where the layout fixes it
-  int multiple;    ///< head_dim must be a multiple of this
+  int bits;      ///< bits of a code; 0 for none
+  int group;     ///< elements that share a scale; 0 where the layout fixes it
+  int multiple;  ///< head_dim must be a multiple of this
   const char* name;
 
   /// Refuses an unknown name or group size with "[kvq.<op>] …".

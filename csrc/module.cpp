@@ -24,7 +24,7 @@ PyMethodDef methods[] = {
 }  // namespace
 
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
-  static PyModuleDef definition{PyModuleDef_HEAD_INIT, "_C",    nullptr, -1, methods, nullptr,
-                                nullptr,               nullptr, nullptr};
+  static PyModuleDef definition{
+      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&definition);
 }

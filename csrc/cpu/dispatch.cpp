@@ -43,8 +43,8 @@ const Kernels& choose() {
 #ifdef KVQ_HAVE_AVX512
   consider(avx512::table, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                               __builtin_cpu_supports("avx512vl") &&
-                              __builtin_cpu_supports("avx512dq") &&
-                              __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"));
+                              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma") &&
+                              __builtin_cpu_supports("f16c"));
 #endif
   TORCH_CHECK(found, "[kvq.cpu] KVQ_CPU_ISA=", wanted ? wanted : "",
               " is not built in or not supported by this processor");
