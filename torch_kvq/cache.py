@@ -13,7 +13,7 @@ from torch_kvq import ops
 from torch_kvq.codebooks import SIGNS_SEED, hadamard_signs
 from torch_kvq.formats import FLOAT_DTYPES, SCALE_DTYPES, KVFormat, default_scale_dtype
 from torch_kvq.ops import Format, Packed
-from torch_kvq.storage import KVView, after_slots, grow, write_first
+from torch_kvq.storage import KVView, after_slots, grow, with_exact, write_first
 
 _NONE = KVFormat("none")
 
@@ -519,8 +519,11 @@ class QuantizedKVCache(nn.Module):
         if not (self.sink_tokens or self.recent_tokens):
             return key, value
         positions = torch.arange(first, first + count, device=self.device)
-        return tuple(  # type: ignore[return-value]
-            self._with_windows(side, x, positions) for side, x in (("k", key), ("v", value))
+        end = self.lengths[:, None] if self.static else self.length
+        ends = self.sink_tokens, end - self.recent_tokens, end
+        return (
+            with_exact(key, self.k_sink, self.k_recent, positions, ends),
+            with_exact(value, self.v_sink, self.v_recent, positions, ends),
         )
 
     def _dequantize(
@@ -531,25 +534,6 @@ class QuantizedKVCache(nn.Module):
         mean: torch.Tensor | None,
     ) -> torch.Tensor:
         return ops.dequantize(packed, fmt, signs=signs, mean=mean, dtype=self.dtype)
-
-    def _with_windows(self, side: str, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Put the full-precision first and recent tokens over the dequantised ones."""
-        length = self.lengths[:, None] if self.static else self.length
-        sink, recent = getattr(self, f"{side}_sink"), getattr(self, f"{side}_recent")
-        rows = positions.expand(self.batch_size, -1)
-        for dense, chosen in (
-            (sink, rows < self.sink_tokens),
-            (
-                recent,
-                (rows >= length - self.recent_tokens)
-                & (rows < length)
-                & (rows >= self.sink_tokens),
-            ),
-        ):
-            if dense.shape[2]:
-                exact = dense.index_select(2, positions % dense.shape[2])
-                x = torch.where(chosen[:, None, :, None], exact, x)
-        return x
 
     def update(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Append, then :meth:`dequantized`: for code that wants dense tensors."""

@@ -62,3 +62,27 @@ def write_first(window: torch.Tensor, x: torch.Tensor, position: int | torch.Ten
     index = source.clamp(0, x.shape[2] - 1)[:, None, :, None]
     chosen = x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3])).to(window.dtype)
     window.copy_(torch.where(inside[:, None, :, None], chosen, window))
+
+
+def with_exact(
+    x: torch.Tensor,
+    first: torch.Tensor,
+    recent: torch.Tensor,
+    positions: torch.Tensor,
+    ends: tuple[int, int | torch.Tensor, int | torch.Tensor],
+) -> torch.Tensor:
+    """x [B, G, T, D] with the full-precision first and recent tokens put over it.
+
+    Args:
+        first, recent: the windows [B, G, N, D]; position p lives in slot p mod N.
+        positions: of x's tokens, int64 [T].
+        ends: end of the first tokens, start of the recent ones and their end; [B, 1] or ints.
+    """
+    first_end, recent_start, length = ends
+    rows = positions.expand(x.shape[0], -1)
+    is_recent = (rows >= recent_start) & (rows < length) & (rows >= first_end)
+    for window, chosen in ((first, rows < first_end), (recent, is_recent)):
+        if window.shape[2]:
+            exact = window.index_select(2, positions % window.shape[2])
+            x = torch.where(chosen[:, None, :, None], exact, x)
+    return x
