@@ -6,11 +6,14 @@
 #   make lint       ruff, clang-format, mypy
 #
 # Variables: PYTHON (3.10 or newer), TORCH (what pip installs), WORKERS (of pytest),
-# ARGS (of the demo), PYTEST_ARGS.
+# ARGS (of the demo), TESTS and MPS_TESTS (files), PYTEST_ARGS.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 WORKERS ?= 2
+TESTS ?= tests
+# What also runs on MPS: the ops, the cache, transformers.
+MPS_TESTS ?= $(filter-out %/test_packaging.py %/test_cli.py,$(wildcard tests/test_*.py))
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
@@ -33,8 +36,9 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist workstea
 HAS_MPS = [ "$$(uname -s)" = Darwin ] || command -v clang++-19 >/dev/null
 
 test: .venv/stamp-built .venv/stamp-test .venv/stamp-apt
-	$(PYTEST) tests
-	@if $(HAS_MPS) || [ -n "$(KVQ_REQUIRE_ALL)" ]; then set -x; $(PYTEST) --device mps tests/test_*.py; \
+	$(PYTEST) $(TESTS)
+	@if [ -z "$(MPS_TESTS)" ]; then :; \
+	elif $(HAS_MPS) || [ -n "$(KVQ_REQUIRE_ALL)" ]; then set -x; $(PYTEST) --device mps $(MPS_TESTS); \
 	else echo "make: no clang-19: the tests on the software mps device are skipped"; fi
 
 test-all: PYTEST_ARGS += --slow
