@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -183,3 +184,46 @@ def test_shim_and_runtime_compile_for(machine: str, tmp_path: Path) -> None:
         str(tmp_path / "k.cpp"),
     ]
     subprocess.run([*command, "-o", str(tmp_path / "k.o")], check=True)
+
+
+MEETING = """#include <metal_stdlib>
+using namespace metal;
+kernel void meet(device uint* y [[buffer(0)]], uint t [[thread_position_in_grid]]) {
+  threadgroup uint seen[256];
+  seen[t] = t;
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  y[t] = seen[255 - t];
+}
+"""
+
+
+def test_many_libraries_fit_into_one_process(tmp_path: Path) -> None:
+    """Guard pages are mappings: the libraries of a process share one pool of stacks."""
+    built = toolchain.compile_library(MEETING)
+    script = tmp_path / "many.py"
+    script.write_text(
+        "import sys, numpy as np\n"
+        "from pathlib import Path\n"
+        "from tests.metal import emulator\n"
+        "def mappings():\n"
+        "    return len(Path('/proc/self/maps').read_text().splitlines())\n"
+        "counts = []\n"
+        "for path in sys.argv[1:]:\n"
+        "    y = np.zeros(256, np.uint32)\n"
+        "    emulator.Library(Path(path)).launch('meet', 1, 256, buffers={0: y})\n"
+        "    assert (y == np.arange(256)[::-1]).all()\n"
+        "    counts.append(mappings())\n"
+        "print((counts[-1] - counts[0]) / (len(counts) - 1))\n"
+    )
+    copies = [tmp_path / f"{i}.so" for i in range(12)]
+    for copy in copies:
+        copy.write_bytes(built.read_bytes())
+    result = subprocess.run(
+        [sys.executable, str(script), *map(str, copies)],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    assert result.returncode == 0, result.stderr
+    assert float(result.stdout) < 40

@@ -1,10 +1,12 @@
 // Threads of a threadgroup as fibers. They switch only where threads meet: barriers and simdgroup
 // functions. A thread that never waits runs on the stack of the one before it.
+#include <errno.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <atomic>
 #include <map>
 #include <random>
 
@@ -44,8 +46,61 @@ struct Simdgroup {
   uint waiting;  // those that wait in a simdgroup function
 };
 
-char* stacks = nullptr;
-std::vector<Fiber*> all_fibers, free_fibers;
+/// Stacks, each with a guard page below it.
+struct Stacks {
+  char* base = nullptr;
+  std::vector<Fiber*> fibers;
+};
+
+/// At the start of the pool that the libraries of a process share. Guard pages are mappings, of
+/// which a process may have 65,530: with stacks of their own, some 200 libraries used them up.
+struct Pool {
+  std::atomic<uint> magic;    ///< written last by the library that made the pool
+  std::atomic<uint> taken;    ///< a launch is using the stacks
+  std::atomic<uint> guarded;  ///< stacks that have their guard page
+};
+constexpr uint kPoolMagic = 0x6b767101;
+constexpr uintptr_t kPoolAddress = 0x3e0000000000;  // one that all libraries know
+
+Stacks pool_stacks, own_stacks;
+Stacks* set = &own_stacks;
+char* stacks = nullptr;  // set->base
+std::vector<Fiber*> free_fibers;
+
+char* map_stacks(void* address, size_t header, int flags) {
+  void* map = mmap(address, header + EMU_MAX_THREADS * kStackSize, PROT_READ | PROT_WRITE,
+                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | flags, -1, 0);
+  return map == MAP_FAILED ? nullptr : (char*)map;
+}
+
+/// The pool, made by the first library to ask; null where it cannot be had.
+Pool* shared_pool() {
+  static Pool* const pool = [] {
+    Pool* const there = (Pool*)kPoolAddress;
+#ifdef MAP_FIXED_NOREPLACE
+    if (map_stacks(there, kPage, MAP_FIXED_NOREPLACE) == (char*)there) {
+      there->magic = kPoolMagic;
+      return there;
+    }
+    if (errno == EEXIST && there->magic == kPoolMagic) return there;
+#endif
+    return (Pool*)nullptr;
+  }();
+  return pool;
+}
+
+/// The shared stacks, or this library's own while another launch of the process has them.
+void take_stacks() {
+  Pool* const pool = shared_pool();
+  if (pool && pool->taken.exchange(1) == 0) {
+    set = &pool_stacks;
+    set->base = (char*)pool + kPage;
+  } else {
+    set = &own_stacks;
+    if (!set->base) set->base = map_stacks(nullptr, 0, 0);
+  }
+  stacks = set->base;
+}
 emu_thread threads[EMU_MAX_THREADS];
 ThreadState states[EMU_MAX_THREADS];
 Simdgroup simdgroups[kMaxSimdgroups];
@@ -98,11 +153,13 @@ void worker();
 Fiber* take_fiber() {
   if (free_fibers.empty()) {
     // Tops are staggered, as stacks a power of two apart would share the same few cache sets.
-    const size_t n = all_fibers.size();
+    const size_t n = set->fibers.size();
     char* base = stacks + n * kStackSize;
-    mprotect(base, kPage, PROT_NONE);
-    all_fibers.push_back(new Fiber{nullptr, base + kStackSize - (n * 17 % 61) * 192});
-    free_fibers.push_back(all_fibers.back());
+    const bool guarded = set == &pool_stacks && n < shared_pool()->guarded;
+    if (!guarded) mprotect(base, kPage, PROT_NONE);
+    if (!guarded && set == &pool_stacks) shared_pool()->guarded = n + 1;
+    set->fibers.push_back(new Fiber{nullptr, base + kStackSize - (n * 17 % 61) * 192});
+    free_fibers.push_back(set->fibers.back());
   }
   Fiber* fiber = free_fibers.back();
   free_fibers.pop_back();
@@ -332,10 +389,8 @@ bool in_stack_guard(uintptr_t address) {
 }
 
 void run_threadgroups(const Run& request, uint (*next)()) {
-  if (!stacks)
-    stacks = (char*)mmap(nullptr, EMU_MAX_THREADS * kStackSize, PROT_READ | PROT_WRITE,
-                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  free_fibers = all_fibers;  // a launch that ended in a fault has left some behind
+  take_stacks();
+  free_fibers = set->fibers;  // a launch that ended in a fault has left some behind
   run = &request;
   prepare_next = next;
   shuffle.seed(request.seed);
@@ -345,6 +400,11 @@ void run_threadgroups(const Run& request, uint (*next)()) {
   current_fiber = take_fiber();
   emu_swap(&main_sp, current_fiber->sp);
   emu_current = nullptr;
+}
+
+void release_stacks() {
+  if (set == &pool_stacks) shared_pool()->taken = 0;
+  set = &own_stacks;
 }
 
 }  // namespace emu

@@ -348,6 +348,7 @@ emu_status launch(const emu_launch* r, char* error, size_t error_size) {
     status = EMU_FAULT;
     clear_stack_shadow();
   }
+  release_stacks();
   fault.launching = false;
   current_fault = nullptr;
   emu_current = nullptr;

@@ -143,6 +143,8 @@ struct Run {
 void run_threadgroups(const Run& run, uint (*next)());
 bool in_fiber_stack(uintptr_t address);
 bool in_stack_guard(uintptr_t address);
+/// Gives the stacks of the last run_threadgroups back, however it ended.
+void release_stacks();
 uintptr_t stacks_low();
 
 // ---- access.cpp: every load and store of the race and asan builds
