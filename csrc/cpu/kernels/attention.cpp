@@ -220,10 +220,9 @@ class Worker {
   }
 
   void score(int64_t position) {
-    k_.enter(position, tokens_);
+    k_.enter(position, tokens_, next_);
     std::memset(scores_, 0, task_.rows * kBlockTokens * sizeof(float));
     for (int slab = 0; slab < k_.slabs(); ++slab) {
-      k_.prefetch(slab, k_.slabs(), next_);
       k_.columns(slab, slab_);
       const float* q = q_ + slab * task_.rows * kSlab;
       const float* q_sum = q_sum_ + slab * task_.rows;
@@ -302,10 +301,9 @@ class Worker {
   }
 
   void add_values(int64_t position) {
-    v_.enter(position, tokens_);
+    v_.enter(position, tokens_, next_);
     const int padded = (tokens_ + 3) & ~3;
     for (int slab = 0; slab < v_.slabs(); ++slab) {
-      v_.prefetch(slab, v_.slabs(), next_);
       v_.rows(slab, slab_);
       if (v_.starts_group(slab)) scale_weights(slab);
       const float* weights = v_.has_scale() ? scaled_ : scores_;
@@ -497,7 +495,7 @@ void attention_unpack(const AttentionArgs& args, const AttentionTile& tile, int6
     const int64_t n = packed.layout.head_dim, left = tile.tokens - first;
     const int tokens = static_cast<int>(left < kBlockTokens ? left : kBlockTokens);
     Side side(packed, tile.batch_row, g, args.capacity, args.ring);
-    side.enter(tile.position + first, tokens);
+    side.enter(tile.position + first, tokens, 0);
     char* out =
         (is_key ? tile.keys : tile.values) + (g * tile.capacity + first) * tile.width * size;
     for (int slab = 0; slab < side.slabs(); ++slab) {

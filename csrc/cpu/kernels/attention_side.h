@@ -8,12 +8,19 @@ namespace kvq::cpu::KVQ_ISA {
 
 constexpr int kMaxSlabs = kMaxHeadDim / kSlab;
 
-/// in[token][group] to out[group][64].
-template <int Groups>
-inline void transpose_scales(const float* in, int tokens, int groups, float* out) {
-  const int count = Groups ? Groups : groups;
-  for (int g = 0; g < count; ++g) {
-    for (int t = 0; t < tokens; ++t) out[g * kBlockTokens + t] = in[t * count + g];
+/// Columns [first, first + Columns) of in[64][groups] to out[group][64].
+template <int Columns>
+void transpose_columns(const float* in, int groups, int first, float* out) {
+  const uint8_t* rows[kBlockTokens];
+  for (int t = 0; t < kBlockTokens; ++t) {
+    rows[t] = reinterpret_cast<const uint8_t*>(in + t * groups + first);
+  }
+  for (int t = 0; t < kBlockTokens; t += kWidth) {
+    I words[4];
+    load_columns<Columns>(rows + t, 0, words);
+    for (int c = 0; c < Columns; ++c) {
+      store(out + (first + c) * kBlockTokens + t, as_float(words[c]));
+    }
   }
 }
 
@@ -33,7 +40,7 @@ class Side {
     const int64_t n = layout_.head_dim;
     slabs_ = static_cast<int>((n + kSlab - 1) / kSlab);
     tail_bytes_ = static_cast<int>(n % kSlab * unpacker_.slab_bytes / kSlab);
-    row_bytes_ = unpacker_.offset(n / kSlab) - unpacker_.slab_offset + tail_bytes_;
+    together_in_memory_ = codes_stride_ == n / kSlab * unpacker_.slab_stride + tail_bytes_;
     switch (layout_.family) {
       case KVQ_FAMILY_AFFINE:
       case KVQ_FAMILY_FP8_E4M3:
@@ -59,8 +66,9 @@ class Side {
   int groups() const { return groups_; }
   int group(int slab) const { return slab / slabs_per_group_; }
 
-  /// Makes the block of positions [position, position + tokens), tokens <= 64, current.
-  void enter(int64_t position, int tokens) {
+  /// Makes the block of positions [position, position + tokens), tokens <= 64, current; next tokens
+  /// follow.
+  void enter(int64_t position, int tokens, int64_t next) {
     tokens_ = tokens;
     const int64_t first = slot(position);
     const bool together = first + tokens <= capacity_;
@@ -73,37 +81,34 @@ class Side {
       read_block_scales();
     } else if (groups_) {
       read_scales(scales_, scales_stride_, position, together, scale_);
-      if (has_bias()) read_scales(biases_, biases_stride_, position, together, bias_);
+      if (has_bias()) {
+        read_scales(biases_, biases_stride_, position, together, bias_);
+        const F centre = splat(affine_centre(layout_));
+        for (int i = 0; i < groups_ * kBlockTokens; i += kWidth) {
+          store(bias_ + i, fma(load(scale_ + i), centre, load(bias_ + i)));
+        }
+      }
     }
-    next_ = slot(position + tokens);
-  }
-
-  /// Asks for one of `parts` parts of the next block's rows.
-  void prefetch(int part, int parts, int64_t tokens) const {
-    if (next_ + tokens > capacity_) return;
-    const int64_t begin = tokens * part / parts, end = tokens * (part + 1) / parts;
-    for (int64_t t = begin; t < end; ++t) {
-      const uint8_t* row = codes_ + (next_ + t) * codes_stride_;
-      for (int64_t i = 0; i < row_bytes_; i += 64) __builtin_prefetch(row + i);
-    }
-    for (int64_t t = begin; t < end; t += 16) {
-      if (groups_) __builtin_prefetch(scales_ + (next_ + t) * scales_stride_);
-      if (has_bias()) __builtin_prefetch(biases_ + (next_ + t) * biases_stride_);
+    ahead_ = nullptr;
+    if (next && first + tokens + next <= capacity_) {
+      if (together_in_memory_) ahead_ = codes_ + (first + tokens) * codes_stride_;
+      prefetch(scales_ + (first + tokens) * scales_stride_, groups_ ? next * scales_stride_ : 0);
+      prefetch(biases_ + (first + tokens) * biases_stride_, has_bias() ? next * biases_stride_ : 0);
     }
   }
 
   /// out[value][token], 64 tokens; those past the block are copies of the last.
   void columns(int slab, float* out) const {
-    if (is_tail(slab)) return unpacker_.columns(tail_rows_, 0, out);
-    unpacker_.columns(rows_, unpacker_.offset(slab), out);
+    if (is_tail(slab)) return unpacker_.columns(tail_rows_, 0, {}, out);
+    unpacker_.columns(rows_, unpacker_.offset(slab), ahead(slab), out);
   }
 
   /// out[token][value], then rows of zeros up to a multiple of 4 tokens.
   void rows(int slab, float* out) const {
     if (is_tail(slab)) {
-      unpacker_.rows(tail_rows_, 0, tokens_, out);
+      unpacker_.rows(tail_rows_, 0, tokens_, {}, out);
     } else {
-      unpacker_.rows(rows_, unpacker_.offset(slab), tokens_, out);
+      unpacker_.rows(rows_, unpacker_.offset(slab), tokens_, ahead(slab), out);
     }
     const int padded = (tokens_ + 3) & ~3;
     std::memset(out + tokens_ * kSlab, 0, (padded - tokens_) * kSlab * sizeof(float));
@@ -112,13 +117,26 @@ class Side {
   bool starts_group(int slab) const { return slab % slabs_per_group_ == 0; }
   bool has_scale() const { return groups_ > 0; }
   bool has_bias() const { return layout_.family == KVQ_FAMILY_AFFINE; }
-  /// Of each of the 64 tokens; zero past the block.
+  /// Of each of the 64 tokens, zero past the block; the bias fits the unpacked codes, not the
+  /// stored ones.
   const float* scale(int slab) const { return scale_ + group(slab) * kBlockTokens; }
   const float* bias(int slab) const { return bias_ + group(slab) * kBlockTokens; }
 
  private:
   int64_t slot(int64_t position) const { return ring_ ? position % capacity_ : position; }
   bool is_tail(int slab) const { return tail_bytes_ && slab == slabs_ - 1; }
+
+  Ahead ahead(int slab) const {
+    if (!ahead_) return {};
+    const int64_t bytes = (codes_stride_ + slabs_ - 1) / slabs_;
+    return {ahead_ + slab * bytes * kBlockTokens, bytes,
+            static_cast<int>(bytes < 64 ? 64 / bytes : 1)};
+  }
+
+  /// Few lines, where scales lie next to each other.
+  static void prefetch(const char* data, int64_t bytes) {
+    for (int64_t i = 0; i < bytes && i < 2048; i += 64) __builtin_prefetch(data + i);
+  }
 
   void copy_tails() {
     for (int t = 0; t < kBlockTokens; ++t) {
@@ -138,17 +156,13 @@ class Side {
                  in + t * groups_);
       }
     }
-    if (tokens_ < kBlockTokens) std::memset(out, 0, groups_ * kBlockTokens * sizeof(float));
-    switch (groups_) {
-      case 1:
-        return transpose_scales<1>(in, tokens_, 1, out);
-      case 2:
-        return transpose_scales<2>(in, tokens_, 2, out);
-      case 4:
-        return transpose_scales<4>(in, tokens_, 4, out);
-      default:
-        return transpose_scales<0>(in, tokens_, groups_, out);
-    }
+    const int filled = tokens_ * groups_, all = kBlockTokens * groups_;
+    std::memset(in + filled, 0, (all - filled) * sizeof(float));
+    int first = 0;
+    for (; first + 4 <= groups_; first += 4) transpose_columns<4>(in, groups_, first, out);
+    if (groups_ - first == 3) transpose_columns<3>(in, groups_, first, out);
+    if (groups_ - first == 2) transpose_columns<2>(in, groups_, first, out);
+    if (groups_ - first == 1) transpose_columns<1>(in, groups_, first, out);
   }
 
   void read_block_scales() {
@@ -175,9 +189,9 @@ class Side {
   int slabs_per_group_ = 1;
   int groups_ = 0;      ///< scales of a row
   int tail_bytes_ = 0;  ///< codes of the last, incomplete slab
-  int64_t row_bytes_ = 0;
   int tokens_ = 0;
-  int64_t next_ = 0;  ///< slot after the block
+  bool together_in_memory_ = false;  ///< a token's codes follow those of the token before
+  const uint8_t* ahead_ = nullptr;   ///< the next block's codes
   const uint8_t* rows_[kBlockTokens];
   const uint8_t* tail_rows_[kBlockTokens];
   alignas(64) uint8_t tails_[kBlockTokens][4 * kSlab];

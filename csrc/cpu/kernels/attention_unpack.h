@@ -16,7 +16,14 @@ namespace kvq::cpu::KVQ_ISA {
 constexpr int kBlockTokens = 64;
 constexpr int kSlab = 32;
 
-// ---- Maps: F operator()(I x). Where kClean is set, bits above the code must be zero.
+// ---- Maps: F operator()(I x).
+
+/// Where in a 32-bit lane a map wants the code.
+enum class Place {
+  low,    ///< in the low bits, anything above
+  clean,  ///< in the low bits, zeros above
+  top,    ///< in the high bits, anything below
+};
 
 #if defined(__AVX512F__)
 /// 16 entries by the low 4 bits of each lane, whatever the other bits hold.
@@ -26,47 +33,45 @@ inline F permute(F table, I index) { return _mm512_permutexvar_ps(index, table);
 inline F permute(F table, I index) { return _mm256_permutevar8x32_ps(table, index); }
 #endif
 
-/// The code itself, minus Offset.
-template <int Bits, int Offset = 0>
+/// The code itself, minus half of Twice.
+template <int Bits, int Twice>
 struct Integer {
 #if defined(__AVX512F__)
-  static constexpr bool kPermute = Bits <= 4;
-#else
-  static constexpr bool kPermute = false;
-#endif
-  static constexpr bool kClean = !kPermute;
-  F entries = splat(0.0f);
+  static_assert(Bits <= 4);
+  static constexpr Place kPlace = Place::low;
+  F entries;
   Integer() {
-    if constexpr (kPermute) {
-      float table[kWidth];
-      for (int i = 0; i < kWidth; ++i) table[i] = static_cast<float>(i % (1 << Bits) - Offset);
-      entries = load(table);
+    float table[kWidth];
+    for (int i = 0; i < kWidth; ++i) {
+      table[i] = static_cast<float>(i % (1 << Bits)) - Twice * 0.5f;
     }
+    entries = load(table);
   }
-  F operator()(I x) const {
-#if defined(__AVX512F__)
-    if constexpr (kPermute) return permute(entries, x);
+  F operator()(I x) const { return permute(entries, x); }
+#else
+  static constexpr Place kPlace = Place::clean;
+  F operator()(I x) const { return to_float(x) - splat(Twice * 0.5f); }
 #endif
-    if constexpr (Offset != 0) x = add_int(x, splat_int(static_cast<uint32_t>(-Offset)));
-    return to_float(x);
-  }
 };
 
-/// Two's complement bytes.
+/// Two's complement bytes, after every byte was xored with Flip: 0x80 makes an unsigned byte minus
+/// 128 of it.
+template <uint8_t Flip>
 struct SignedByte {
-  static constexpr bool kClean = false;
-  F operator()(I x) const { return to_float(shift_right_signed<24>(shift_left<24>(x))); }
+  static constexpr Place kPlace = Place::top;
+  static constexpr uint8_t kFlip = Flip;
+  F operator()(I x) const { return to_float(shift_right_signed<24>(x)); }
 };
 
 /// An 8-bit float's bits moved into a float32's fields; the product repairs the exponent, of
 /// subnormals too. NaN and infinity: see repair_fp8.
 template <typename Format>
 struct Fp8 {
-  static constexpr bool kClean = false;
+  static constexpr Place kPlace = Place::top;
   static constexpr int kExponentBits = 7 - Format::kMantissa;
   static constexpr uint32_t kFields = 0x80000000u | (0x7fu << (23 - Format::kMantissa));
   F operator()(I x) const {
-    const I moved = shift_right_signed<8 - kExponentBits>(shift_left<24>(x));
+    const I moved = shift_right_signed<8 - kExponentBits>(x);
     const uint32_t power = uint32_t(127 + 127 - Format::kBias) << 23;
     return as_float(bit_and(moved, splat_int(kFields))) * splat(float_of(power));
   }
@@ -76,7 +81,7 @@ template <int Bits>
 struct Codebook {
 #if defined(__AVX512F__)
   static constexpr int kEntries = 1 << Bits, kVectors = (kEntries + 15) / 16;
-  static constexpr bool kClean = Bits == 8;
+  static constexpr Place kPlace = Bits == 8 ? Place::clean : Place::low;
   F entries[kVectors < 4 ? kVectors : 4];
   Codebook() {
     for (int v = 0; v < (kVectors < 4 ? kVectors : 4); ++v) {
@@ -96,7 +101,7 @@ struct Codebook {
     return gather(codebook(Bits), x);
   }
 #elif defined(__AVX2__)
-  static constexpr bool kClean = Bits > 4;
+  static constexpr Place kPlace = Bits > 4 ? Place::clean : Place::low;
   F low = load_entries(0), high = load_entries(8);
   static F load_entries(int first) {
     float table[8];
@@ -111,7 +116,7 @@ struct Codebook {
     return gather(codebook(Bits), x);
   }
 #elif defined(__aarch64__)
-  static constexpr bool kClean = true;
+  static constexpr Place kPlace = Place::clean;
   F operator()(I x) const {
     if constexpr (Bits > 6) return gather(codebook(Bits), x);
     // Byte look-up: the four bytes of entry i are bytes 4i .. 4i + 3 of the table.
@@ -132,29 +137,37 @@ struct Codebook {
     return F(y);
   }
 #else
-  static constexpr bool kClean = true;
+  static constexpr Place kPlace = Place::clean;
   F operator()(I x) const { return gather(codebook(Bits), x); }
 #endif
 };
 
 struct Half {
-  static constexpr bool kClean = true;
+  static constexpr Place kPlace = Place::clean;
   F operator()(I x) const { return half_lanes(x); }
 };
 struct Bfloat {
-  static constexpr bool kClean = false;
-  F operator()(I x) const { return as_float(shift_left<16>(x)); }
+  static constexpr Place kPlace = Place::top;
+  F operator()(I x) const { return as_float(bit_and(x, splat_int(0xffff0000u))); }
 };
 struct Single {
-  static constexpr bool kClean = false;
+  static constexpr Place kPlace = Place::top;
   F operator()(I x) const { return as_float(x); }
 };
 
-template <int Bits, typename Map>
-inline I cleaned(I x) {
-  if constexpr (Map::kClean && Bits < 32) return bit_and(x, splat_int((1u << Bits) - 1));
-  return x;
-}
+/// Asks for the next block while this one is unpacked, line after line: order lets the processor's
+/// own prefetcher join in, and more than a few lines at once would stall.
+struct Ahead {
+  const uint8_t* from = nullptr;  ///< what this slab asks for; null: nothing
+  int64_t token_bytes = 0;        ///< of it, per token unpacked
+  int every = 1;                  ///< tokens per line
+
+  void ask(int token) const {
+    for (int64_t i = 0; i < token_bytes * every; i += 64) {
+      __builtin_prefetch(from + token * token_bytes + i);
+    }
+  }
+};
 
 // ---- Columns.
 
@@ -213,14 +226,30 @@ template <int Words>
 #endif
 }
 
-/// Code number Index of the stream in words; bits above the code are left as they are.
-template <int Bits, int Index>
+/// Code number Index of the stream in words, at the place the map wants it.
+template <int Bits, int Index, Place Where>
 [[gnu::always_inline]] inline I extract(const I* words) {
   constexpr int kWord = Index * Bits / 32, kShift = Index * Bits % 32;
+  constexpr int kAbove = 32 - kShift - Bits;  // bits above the code in its word
   I x = words[kWord];
+  if constexpr (Where == Place::top && kAbove >= 0) {
+    if constexpr (kAbove > 0) x = shift_left<kAbove>(x);
+    return x;
+  }
   if constexpr (kShift > 0) x = shift_right<kShift>(x);
-  if constexpr (kShift + Bits > 32) x = bit_or(x, shift_left<32 - kShift>(words[kWord + 1]));
+  if constexpr (kAbove < 0) x = bit_or(x, shift_left<32 - kShift>(words[kWord + 1]));
+  if constexpr (Where == Place::clean && kAbove != 0) {
+    x = bit_and(x, splat_int((1u << Bits) - 1));
+  }
   return x;
+}
+
+/// A code in the low bits, anything above it, moved to the place the map wants it.
+template <int Bits, Place Where>
+inline I placed(I x) {
+  if constexpr (Bits == 32 || Where == Place::low) return x;
+  if constexpr (Where == Place::top) return shift_left<32 - Bits>(x);
+  return bit_and(x, splat_int((1u << Bits % 32) - 1));
 }
 
 /// Which value of its slab a code is: q4_0 keeps value j in the low and j + 16 in the high half.
@@ -231,16 +260,20 @@ constexpr int value_index(int code) {
 
 /// out[value][token] of 64 rows.
 template <int Bits, typename Map, bool Halves = false>
-void unpack_columns(const uint8_t* const* rows, int64_t offset, float* out) {
+void unpack_columns(const uint8_t* const* rows, int64_t offset, const Ahead& ahead, float* out) {
   const Map map;
   for (int t = 0; t < kBlockTokens; t += kWidth) {
+    for (int i = 0; ahead.from && i < kWidth; i += ahead.every) ahead.ask(t + i);
     I words[Bits];
     unroll<(Bits + 3) / 4>([&](auto chunk) {
       constexpr int kFirst = chunk * 4, kWords = Bits - kFirst < 4 ? Bits - kFirst : 4;
       load_columns<kWords>(rows + t, offset + 4 * kFirst, words + kFirst);
     });
+    if constexpr (requires { Map::kFlip; }) {
+      for (I& word : words) word = bit_xor(word, splat_int(Map::kFlip * 0x01010101u));
+    }
     unroll<kSlab>([&](auto code) {
-      const I x = cleaned<Bits, Map>(extract<Bits, code>(words));
+      const I x = extract<Bits, code, Map::kPlace>(words);
       store(out + value_index<Halves>(code) * kBlockTokens + t, map(x));
     });
   }
@@ -259,6 +292,38 @@ inline I byte_lanes(const uint8_t* p) {
   std::memcpy(&word, p, 4);
   return shift_right_lanes(splat_int(word), I{0, 8, 16, 24});
 #endif
+}
+
+/// kWidth bytes at p, each xored with Flip, sign extended.
+template <uint8_t Flip>
+inline I signed_byte_lanes(const uint8_t* p) {
+#if defined(__AVX512F__)
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm512_cvtepi8_epi32(_mm_xor_si128(bytes, _mm_set1_epi8(static_cast<char>(Flip))));
+#elif defined(__AVX2__)
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return _mm256_cvtepi8_epi32(_mm_xor_si128(bytes, _mm_set1_epi8(static_cast<char>(Flip))));
+#else
+  return shift_right_signed<24>(shift_left<24>(bit_xor(byte_lanes(p), splat_int(Flip))));
+#endif
+}
+
+/// N bytes at p as a number, by whole loads: a copy into a wider variable would stall on its way
+/// back from memory.
+template <int N>
+inline uint64_t load_bytes(const uint8_t* p) {
+  constexpr int kWhole = N >= 4 ? 4 : N >= 2 ? 2 : 1;
+  if constexpr (N == 8) {
+    uint64_t x;
+    std::memcpy(&x, p, 8);
+    return x;
+  } else if constexpr (N > kWhole) {
+    return load_bytes<kWhole>(p) | load_bytes<N - kWhole>(p + kWhole) << 8 * kWhole;
+  } else {
+    std::conditional_t<N == 4, uint32_t, std::conditional_t<N == 2, uint16_t, uint8_t>> x;
+    std::memcpy(&x, p, N);
+    return x;
+  }
 }
 
 /// spread of codes of 2 to 6 and 16 bits.
@@ -300,8 +365,7 @@ template <int Bits>
     if constexpr (Bits == 16) {
       out[j] = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     } else {
-      uint64_t word = 0;
-      std::memcpy(&word, p, Bits);
+      const uint64_t word = load_bytes<Bits>(p);
       const auto low = static_cast<uint32_t>(word), high = static_cast<uint32_t>(word >> 4 * Bits);
       const I shifts =
           Bits <= 4 ? _mm256_setr_epi32(0, Bits, 2 * Bits, 3 * Bits, 4 * Bits, 5 * Bits, 6 * Bits,
@@ -320,8 +384,7 @@ template <int Bits>
       out[j] = I{x[0], x[1], x[2], x[3]};
       out[j + 1] = I{x[4], x[5], x[6], x[7]};
     } else {
-      uint64_t word = 0;
-      std::memcpy(&word, p, Bits);
+      const uint64_t word = load_bytes<Bits>(p);
       const I shifts{0, Bits, 2 * Bits, 3 * Bits};
       out[j] = shift_right_lanes(splat_int(static_cast<uint32_t>(word)), shifts);
       out[j + 1] = shift_right_lanes(splat_int(static_cast<uint32_t>(word >> 4 * Bits)), shifts);
@@ -353,9 +416,21 @@ template <int Bits>
 
 /// out[token][value] of the first tokens rows.
 template <int Bits, typename Map, bool Halves = false>
-void unpack_rows(const uint8_t* const* rows, int64_t offset, int tokens, float* out) {
+void unpack_rows(const uint8_t* const* rows, int64_t offset, int tokens, const Ahead& ahead,
+                 float* out) {
   const Map map;
+  int asked = ahead.from ? 0 : tokens;
   for (int t = 0; t < tokens; ++t, out += kSlab) {
+    if (t == asked) {
+      ahead.ask(t);
+      asked += ahead.every;
+    }
+    if constexpr (requires { Map::kFlip; }) {
+      for (int j = 0; j < kSlab; j += kWidth) {
+        store(out + j, to_float(signed_byte_lanes<Map::kFlip>(rows[t] + offset + j)));
+      }
+      continue;
+    }
     I codes[kSlab / kWidth];
     if constexpr (Halves) {
       spread_halves(rows[t] + offset, codes);
@@ -363,17 +438,18 @@ void unpack_rows(const uint8_t* const* rows, int64_t offset, int tokens, float* 
       spread<Bits>(rows[t] + offset, codes);
     }
     for (int j = 0; j < kSlab / kWidth; ++j) {
-      store(out + j * kWidth, map(cleaned<Bits, Map>(codes[j])));
+      store(out + j * kWidth, map(placed<Bits, Map::kPlace>(codes[j])));
     }
   }
 }
 
-// ---- What the drivers see.
+// ---- What attention_side.h sees.
 
 /// How one side's rows are laid out in slabs, and how to unpack one.
 struct Unpacker {
-  void (*columns)(const uint8_t* const* rows, int64_t offset, float* out);
-  void (*rows)(const uint8_t* const* rows, int64_t offset, int tokens, float* out);
+  void (*columns)(const uint8_t* const* rows, int64_t offset, const Ahead& ahead, float* out);
+  void (*rows)(const uint8_t* const* rows, int64_t offset, int tokens, const Ahead& ahead,
+               float* out);
   int slab_bytes;   ///< codes of 32 values
   int slab_stride;  ///< from one slab to the next
   int slab_offset;  ///< of the first one in a row (after a GGUF block's scale)
@@ -415,32 +491,41 @@ inline void repair_fp8(const uint8_t* const* rows, int64_t offset, int tokens, f
 }
 
 template <typename Format>
-void unpack_fp8_columns(const uint8_t* const* rows, int64_t offset, float* out) {
-  unpack_columns<8, Fp8<Format>>(rows, offset, out);
+void unpack_fp8_columns(const uint8_t* const* rows, int64_t offset, const Ahead& ahead,
+                        float* out) {
+  unpack_columns<8, Fp8<Format>>(rows, offset, ahead, out);
   repair_fp8<Format>(rows, offset, kBlockTokens, out,
                      [](int t, int i) { return i * kBlockTokens + t; });
 }
 
 template <typename Format>
-void unpack_fp8_rows(const uint8_t* const* rows, int64_t offset, int tokens, float* out) {
-  unpack_rows<8, Fp8<Format>>(rows, offset, tokens, out);
+void unpack_fp8_rows(const uint8_t* const* rows, int64_t offset, int tokens, const Ahead& ahead,
+                     float* out) {
+  unpack_rows<8, Fp8<Format>>(rows, offset, tokens, ahead, out);
   repair_fp8<Format>(rows, offset, tokens, out, [](int t, int i) { return t * kSlab + i; });
+}
+
+/// What is taken off affine codes and given back in the bias: sums of codes that are all positive
+/// would be large numbers that cancel, and lose digits.
+inline float affine_centre(const Layout& layout) {
+  return layout.bits == 8 ? 128.0f : layout.bits == 4 ? 7.5f : 1.5f;
 }
 
 inline Unpacker choose_unpacker(const Layout& layout) {
   switch (layout.family) {
     case KVQ_FAMILY_AFFINE:
-      if (layout.bits == 8) return unpacker<8, Integer<8>>();
-      if (layout.bits == 4) return unpacker<4, Integer<4>>();
-      return unpacker<2, Integer<2>>();
+      // Codes minus affine_centre.
+      if (layout.bits == 8) return unpacker<8, SignedByte<0x80>>();
+      if (layout.bits == 4) return unpacker<4, Integer<4, 15>>();
+      return unpacker<2, Integer<2, 3>>();
     case KVQ_FAMILY_FP8_E4M3:
       return {unpack_fp8_columns<E4M3>, unpack_fp8_rows<E4M3>, 32, 32, 0};
     case KVQ_FAMILY_FP8_E5M2:
       return {unpack_fp8_columns<E5M2>, unpack_fp8_rows<E5M2>, 32, 32, 0};
     case KVQ_FAMILY_Q8_0:
-      return unpacker<8, SignedByte>(2);
+      return unpacker<8, SignedByte<0>>(2);
     case KVQ_FAMILY_Q4_0:
-      return unpacker<4, Integer<4, 8>, true>(2);
+      return unpacker<4, Integer<4, 16>, true>(2);
     case KVQ_FAMILY_TURBOQUANT:
       switch (layout.bits) {
         case 2:

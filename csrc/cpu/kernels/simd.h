@@ -52,6 +52,7 @@ inline F as_float(I x) { return _mm512_castsi512_ps(x); }
 inline I as_int(F x) { return _mm512_castps_si512(x); }
 inline I bit_and(I a, I b) { return _mm512_and_si512(a, b); }
 inline I bit_or(I a, I b) { return _mm512_or_si512(a, b); }
+inline I bit_xor(I a, I b) { return _mm512_xor_si512(a, b); }
 inline I add_int(I a, I b) { return _mm512_add_epi32(a, b); }
 template <int N>
 inline I shift_left(I x) {
@@ -96,6 +97,7 @@ inline F as_float(I x) { return _mm256_castsi256_ps(x); }
 inline I as_int(F x) { return _mm256_castps_si256(x); }
 inline I bit_and(I a, I b) { return _mm256_and_si256(a, b); }
 inline I bit_or(I a, I b) { return _mm256_or_si256(a, b); }
+inline I bit_xor(I a, I b) { return _mm256_xor_si256(a, b); }
 inline I add_int(I a, I b) { return _mm256_add_epi32(a, b); }
 template <int N>
 inline I shift_left(I x) {
@@ -171,7 +173,8 @@ inline F as_float(I x) { return F(x); }
 inline I as_int(F x) { return I(x); }
 inline I bit_and(I a, I b) { return a & b; }
 inline I bit_or(I a, I b) { return a | b; }
-inline I add_int(I a, I b) { return a + b; }
+inline I bit_xor(I a, I b) { return a ^ b; }
+inline I add_int(I a, I b) { return I(U(a) + U(b)); }
 template <int N>
 inline I shift_left(I x) {
   return I(U(x) << N);
