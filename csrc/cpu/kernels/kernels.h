@@ -23,11 +23,11 @@ struct Rows {
 /// How a packed tensor is stored.
 struct Layout {
   KvqFamily family = KVQ_FAMILY_NONE;
-  int bits = 0;                         ///< bits of a code
-  int group = 0;                        ///< elements per scale (affine, fp8)
-  int64_t head_dim = 0;                 ///< D
-  KvqDtype scale_dtype = KVQ_FLOAT16;   ///< dtype of scales and biases
-  KvqDtype codes_dtype = KVQ_FLOAT32;   ///< dtype of codes (family none)
+  int bits = 0;                        ///< bits of a code
+  int group = 0;                       ///< elements per scale (affine, fp8)
+  int64_t head_dim = 0;                ///< D
+  KvqDtype scale_dtype = KVQ_FLOAT16;  ///< dtype of scales and biases
+  KvqDtype codes_dtype = KVQ_FLOAT32;  ///< dtype of codes (family none)
 };
 
 struct Packed {
@@ -40,29 +40,29 @@ struct Packed {
 /// Quantise x[b, g, first + i] into slot position[b] + first + i (modulo capacity in a ring).
 struct EncodeArgs {
   Packed out;
-  Rows x;                              ///< [B, G, L, D], rows contiguous
+  Rows x;  ///< [B, G, L, D], rows contiguous
   KvqDtype x_dtype = KVQ_FLOAT32;
-  int64_t heads = 0;                   ///< G
-  int64_t first = 0;                   ///< tokens before this one are skipped (lost to the ring)
-  int64_t tokens = 0;                  ///< tokens to write per head, L - first
-  const int64_t* position = nullptr;   ///< [B]
-  int64_t capacity = 0;                ///< S
+  int64_t heads = 0;                  ///< G
+  int64_t first = 0;                  ///< tokens before this one are skipped (lost to the ring)
+  int64_t tokens = 0;                 ///< tokens to write per head, L - first
+  const int64_t* position = nullptr;  ///< [B]
+  int64_t capacity = 0;               ///< S
   bool ring = false;
-  const float* signs = nullptr;        ///< [D] or null
-  const float* mean = nullptr;         ///< [G, D] or null
+  const float* signs = nullptr;  ///< [D] or null
+  const float* mean = nullptr;   ///< [G, D] or null
   KvqEncoder encoder = KVQ_ENCODER_DEFAULT;
 };
 
 /// Dequantise tokens [start, start + tokens) into a dense tensor.
 struct DecodeArgs {
   Packed in;
-  Rows out;                            ///< [B, G, tokens, D]
+  Rows out;  ///< [B, G, tokens, D]
   KvqDtype out_dtype = KVQ_FLOAT32;
-  int64_t heads = 0;                   ///< G
+  int64_t heads = 0;  ///< G
   int64_t start = 0;
   int64_t tokens = 0;
-  const float* signs = nullptr;        ///< [D] or null: rotate back
-  const float* mean = nullptr;         ///< [G, D] or null: add
+  const float* signs = nullptr;  ///< [D] or null: rotate back
+  const float* mean = nullptr;   ///< [G, D] or null: add
 };
 
 /// x to H(signs * x)/sqrt(block), or the inverse, over contiguous vectors of head_dim elements.
@@ -71,21 +71,21 @@ struct HadamardArgs {
   void* out = nullptr;
   KvqDtype dtype = KVQ_FLOAT32;
   int64_t head_dim = 0;
-  const float* signs = nullptr;        ///< [D] or null
+  const float* signs = nullptr;  ///< [D] or null
   bool inverse = false;
 };
 
 /// mlx-native's TurboQuant rows as dense float32.
 struct MlxNativeArgs {
-  Rows codes;                          ///< [B, G, S, D/2] nibbles or [B, G, S, D] bytes
-  Rows norms;                          ///< [B, G, S, max(1, D/256)] float32
-  Rows out;                            ///< [B, G, tokens, D] float32
+  Rows codes;  ///< [B, G, S, D/2] nibbles or [B, G, S, D] bytes
+  Rows norms;  ///< [B, G, S, max(1, D/256)] float32
+  Rows out;    ///< [B, G, tokens, D] float32
   int bits = 4;
   int64_t head_dim = 0;
   int64_t heads = 0;
   int64_t start = 0;
   int64_t tokens = 0;
-  const float* codebook = nullptr;     ///< [2^bits]
+  const float* codebook = nullptr;  ///< [2^bits]
   float scale_factor_d512 = 1.0f;
   const float* signs = nullptr;
   bool rotate_back = false;
