@@ -10,7 +10,10 @@
 namespace kvq::cpu {
 namespace {
 
-constexpr int64_t kTileBytes = int64_t{8} << 20;  ///< unpacked K and V
+// Workspace, small enough that the allocator keeps it from call to call: fresh pages cost more than
+// what is written to them.
+constexpr int64_t kQueryBytes = int64_t{4} << 20;  ///< queries of some KV heads, their results
+constexpr int64_t kTileBytes = int64_t{8} << 20;   ///< unpacked K and V
 constexpr int64_t kMaskBytes = int64_t{16} << 20;
 constexpr int64_t kQueryBlock = 2048;
 constexpr int64_t kHadamardGrain = 64;
@@ -18,16 +21,22 @@ constexpr int64_t kHadamardGrain = 64;
 constexpr int64_t kDenseRows = 64;
 constexpr float kMasked = -std::numeric_limits<float>::infinity();
 
-/// The dense attention of one block of queries of one batch row.
+/// The dense attention of one block of queries of some KV heads of one batch row.
 class Block {
  public:
-  Block(const AttentionArgs& args, const at::Tensor& query, const std::optional<at::Tensor>& mask,
-        int64_t b, int64_t first, int64_t queries, const at::Tensor& keys, const at::Tensor& values)
-      : args_(args), row_(args.rows[b]), query_(query), mask_(mask), keys_(keys), values_(values) {
-    tile_.batch_row = b;
+  /// where says which; query is those queries as [H, queries, width], rotated; keys and values are
+  /// room for a tile, [G, most tokens, width].
+  Block(const AttentionArgs& args, const AttentionTile& where, const at::Tensor& query,
+        const std::optional<at::Tensor>& mask, const at::Tensor& keys, const at::Tensor& values)
+      : args_(args),
+        row_(args.rows[where.batch_row]),
+        tile_(where),
+        query_(query),
+        mask_(mask),
+        keys_(keys),
+        values_(values) {
+    const int64_t first = tile_.first_query, queries = tile_.queries;
     tile_.width = query.size(2);
-    tile_.first_query = first;
-    tile_.queries = queries;
     first_position_ = row_.length - args.queries + first;
     begin_ = row_.begin;
     end_ = row_.end;
@@ -62,23 +71,22 @@ class Block {
     tile_.tokens = tokens;
     tile_.last = last;
     unpack();
-    const int64_t groups = args_.groups, shared = args_.heads_per_group, width = tile_.width;
-    const at::Tensor q = query_.narrow(1, tile_.first_query, tile_.queries);
-    const at::Tensor k = keys_.narrow(1, 0, tokens).unsqueeze(1);
-    const at::Tensor v = values_.narrow(1, 0, tokens).unsqueeze(1);
+    const int64_t groups = tile_.groups, shared = args_.heads_per_group, width = tile_.width;
+    const at::Tensor k = keys_.narrow(0, 0, groups).narrow(1, 0, tokens).unsqueeze(1);
+    const at::Tensor v = values_.narrow(0, 0, groups).narrow(1, 0, tokens).unsqueeze(1);
     const auto scale = static_cast<double>(args_.scale);
     std::optional<at::Tensor> mask;
     if (!square && needs_mask()) mask = mask_tile();
     if (square || (mask && mask->size(1) > 1)) {
       auto [out, lse] = at::_scaled_dot_product_flash_attention_for_cpu(
-          q.unsqueeze(0), k.transpose(0, 1), v.transpose(0, 1), 0.0, square, mask, scale);
+          query_.unsqueeze(0), k.transpose(0, 1), v.transpose(0, 1), 0.0, square, mask, scale);
       return gather(out.squeeze(0), visible_lse(lse, mask).squeeze(0));
     }
     // One long list of rows per KV head: K and V are read once for all its heads.
     const int64_t rows = shared * tile_.queries;
     if (mask) mask = mask->expand({1, shared, -1, -1}).reshape({1, 1, rows, tokens});
     auto [out, lse] = at::_scaled_dot_product_flash_attention_for_cpu(
-        q.reshape({groups, 1, rows, width}), k, v, 0.0, false, mask, scale);
+        query_.view({groups, 1, rows, width}), k, v, 0.0, false, mask, scale);
     gather(out.reshape({groups * shared, tile_.queries, width}),
            visible_lse(lse, mask).reshape({groups * shared, tile_.queries}));
   }
@@ -94,7 +102,7 @@ class Block {
     tile_.values = static_cast<char*>(values_.data_ptr());
     tile_.capacity = keys_.size(1);
     const int64_t blocks = (tile_.tokens + 63) / 64;
-    parallel_for(blocks * args_.groups * 2, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(blocks * tile_.groups * 2, 1, [&](int64_t begin, int64_t end) {
       kernels().attention_unpack(args_, tile_, begin, end);
     });
   }
@@ -121,6 +129,10 @@ class Block {
       at::Tensor given = *mask_;
       while (given.dim() < 4) given = given.unsqueeze(0);
       given = given.narrow(0, given.size(0) > 1 ? tile_.batch_row : 0, 1);
+      if (given.size(1) > 1) {
+        const int64_t shared = args_.heads_per_group;
+        given = given.narrow(1, tile_.first_group * shared, tile_.groups * shared);
+      }
       if (given.size(2) > 1) given = given.narrow(2, tile_.first_query, tile_.queries);
       given = given.narrow(3, tile_.position - origin_, tile_.tokens);
       if (given.scalar_type() == at::kBool) {
@@ -136,7 +148,7 @@ class Block {
 
   /// Takes in a tile's out [H, queries, width] and lse [H, queries].
   void gather(const at::Tensor& out, const at::Tensor& lse) {
-    const int64_t heads = args_.groups * args_.heads_per_group;
+    const int64_t heads = tile_.groups * args_.heads_per_group;
     tile_.out = static_cast<const char*>(out.const_data_ptr());
     tile_.out_head_stride = out.stride(0) * out.element_size();
     tile_.out_query_stride = out.stride(1) * out.element_size();
@@ -155,27 +167,31 @@ class Block {
   }
 
   void write_nothing() {
-    const int64_t heads = args_.groups * args_.heads_per_group;
+    const int64_t heads = tile_.groups * args_.heads_per_group;
     gather(at::zeros({1, 1, tile_.width}, query_.options()).expand({heads, tile_.queries, -1}),
            at::full({1, 1}, kMasked, at::kFloat).expand({heads, tile_.queries}));
   }
 
   const AttentionArgs& args_;
   const AttentionRow& row_;
-  const at::Tensor& query_;  ///< [H, L, width], rotated
-  const std::optional<at::Tensor>& mask_;
-  const at::Tensor &keys_, &values_;  ///< [G, most tokens of a tile, width]
   AttentionTile tile_;
+  const at::Tensor& query_;
+  const std::optional<at::Tensor>& mask_;
+  const at::Tensor &keys_, &values_;
   at::Tensor so_far_;
   int64_t first_position_;  ///< of the block's first query
   int64_t begin_, end_;     ///< positions that some query of the block may see
   int64_t origin_ = 0;      ///< position of the mask's first column
 };
 
-/// query[b] as [H, L, width]: rotated as K is, padded with zeros.
-at::Tensor stored_query(const AttentionArgs& args, const at::Tensor& query, int64_t b,
-                        int64_t width) {
-  at::Tensor q = query.select(0, b).contiguous();
+/// The block's queries as [H, queries, width]: rotated as K is, padded with zeros.
+at::Tensor stored_query(const AttentionArgs& args, const AttentionTile& where,
+                        const at::Tensor& query, int64_t width) {
+  const int64_t shared = args.heads_per_group;
+  at::Tensor q = query.select(0, where.batch_row)
+                     .narrow(0, where.first_group * shared, where.groups * shared)
+                     .narrow(1, where.first_query, where.queries)
+                     .contiguous();
   if (args.k_signs) {
     const at::Tensor rotated = at::empty_like(q);
     HadamardArgs hadamard;
@@ -211,22 +227,31 @@ void run_dense(const AttentionArgs& args, const at::Tensor& query,
   for (int64_t b = 0; b < args.batch; ++b) {
     longest = std::max(longest, args.rows[b].end - args.rows[b].begin);
   }
-  const int64_t token_bytes = 2 * groups * width * query.element_size();
-  const int64_t tokens = std::clamp<int64_t>(kTileBytes / token_bytes, 256, 8192);
-  const int64_t tile = std::min(tokens, longest);
-  int64_t block = std::min(tile, kQueryBlock);
+  const int64_t size = query.element_size(), shared = args.heads_per_group;
+  int64_t block = std::min(args.queries, kQueryBlock);
+  const int64_t chunk =
+      std::clamp<int64_t>(kQueryBytes / (shared * block * width * size), 1, groups);
+  const int64_t most = std::clamp<int64_t>(kTileBytes / (2 * chunk * width * size), 256, 8192);
+  const int64_t tile = std::min(most, longest);
+  block = std::min(block, tile);
   if (mask || args.window) {
-    const int64_t heads = mask && mask->dim() >= 3 ? mask->size(-3) : 1;
-    block = std::clamp<int64_t>(kMaskBytes / (4 * heads * tile), 32, block);
+    const int64_t heads = mask && mask->dim() >= 3 && mask->size(-3) > 1 ? chunk * shared : 1;
+    block =
+        std::clamp<int64_t>(kMaskBytes / (4 * heads * tile), std::min<int64_t>(32, block), block);
   }
   // Zeros fill what is beyond the narrower of K and V.
-  const at::Tensor both = at::empty({2, groups, tile, width}, query.options());
+  const at::Tensor both = at::empty({2, chunk, tile, width}, query.options());
   if (k_dim != v_dim) both.zero_();
   const at::Tensor keys = both[0], values = both[1];
-  for (int64_t b = 0; b < args.batch; ++b) {
-    const at::Tensor q = stored_query(args, query, b, width);
-    for (int64_t first = 0; first < args.queries; first += block) {
-      Block(args, q, mask, b, first, std::min(block, args.queries - first), keys, values).run();
+  AttentionTile where;
+  for (where.batch_row = 0; where.batch_row < args.batch; ++where.batch_row) {
+    for (where.first_group = 0; where.first_group < groups; where.first_group += chunk) {
+      where.groups = std::min(chunk, groups - where.first_group);
+      for (where.first_query = 0; where.first_query < args.queries; where.first_query += block) {
+        where.queries = std::min(block, args.queries - where.first_query);
+        const at::Tensor q = stored_query(args, where, query, width);
+        Block(args, where, q, mask, keys, values).run();
+      }
     }
   }
 }

@@ -402,12 +402,12 @@ void finish_row(const AttentionArgs& args, const Task& task, int64_t r, const Pa
 /// Takes in a dense attention's result for one head and query of a tile.
 void gather_row(const AttentionArgs& args, const AttentionTile& tile, int64_t h, int64_t i) {
   const int64_t n = args.v.layout.head_dim, bytes = n * dtype_size(args.dtype);
-  const int64_t q = tile.first_query + i;
+  const int64_t q = tile.first_query + i, head = tile.first_group * args.heads_per_group + h;
   const char* out = tile.out + h * tile.out_head_stride + i * tile.out_query_stride;
   float lse = tile.lse[h * tile.lse_head_stride + i * tile.lse_query_stride];
   if (tile.first && tile.last && !args.sinks && !args.k_mean && !args.v_signs && !args.v_mean) {
     const int64_t row =
-        (tile.batch_row * args.groups * args.heads_per_group + h) * args.queries + q;
+        (tile.batch_row * args.groups * args.heads_per_group + head) * args.queries + q;
     std::memcpy(args.out + row * bytes, out, bytes);
     args.lse[row] = lse;
     return;
@@ -431,11 +431,11 @@ void gather_row(const AttentionArgs& args, const AttentionTile& tile, int64_t h,
   }
   if (args.k_mean && lse != -kInfinity) {
     alignas(64) float query[kMaxHeadDim];
-    load_row(args.query.at(tile.batch_row, h, q), args.dtype, args.k.layout.head_dim, query);
-    lse += mean_score(args, h / args.heads_per_group, query);
+    load_row(args.query.at(tile.batch_row, head, q), args.dtype, args.k.layout.head_dim, query);
+    lse += mean_score(args, head / args.heads_per_group, query);
   }
   // Normalised sums are sums whose weights add up to 1.
-  finish_row(args, tile.batch_row, h, q, sums, lse, lse == -kInfinity ? 0.0f : 1.0f);
+  finish_row(args, tile.batch_row, head, q, sums, lse, lse == -kInfinity ? 0.0f : 1.0f);
 }
 
 /// Adds row r of another split's result.
@@ -491,10 +491,10 @@ void attention_unpack(const AttentionArgs& args, const AttentionTile& tile, int6
   for (int64_t index = begin; index < end; ++index) {
     const bool is_key = index % 2 == 0;
     const Packed& packed = is_key ? args.k : args.v;
-    const int64_t g = index / 2 % args.groups, first = index / 2 / args.groups * kBlockTokens;
+    const int64_t g = index / 2 % tile.groups, first = index / 2 / tile.groups * kBlockTokens;
     const int64_t n = packed.layout.head_dim, left = tile.tokens - first;
     const int tokens = static_cast<int>(left < kBlockTokens ? left : kBlockTokens);
-    Side side(packed, tile.batch_row, g, args.capacity, args.ring);
+    Side side(packed, tile.batch_row, tile.first_group + g, args.capacity, args.ring);
     side.enter(tile.position + first, tokens, 0);
     char* out =
         (is_key ? tile.keys : tile.values) + (g * tile.capacity + first) * tile.width * size;
@@ -523,7 +523,7 @@ void attention_unpack(const AttentionArgs& args, const AttentionTile& tile, int6
 
 void attention_gather(const AttentionArgs& args, const AttentionTile& tile, int64_t begin,
                       int64_t end) {
-  const int64_t heads = args.groups * args.heads_per_group;
+  const int64_t heads = tile.groups * args.heads_per_group;
   for (int64_t index = begin; index < end; ++index) {
     const int64_t h = index % heads, first = index / heads * kGatherQueries;
     for (int64_t i = first; i < first + kGatherQueries && i < tile.queries; ++i) {

@@ -74,7 +74,9 @@ struct AttentionArgs {
 /// A tile of tokens of one batch row, unpacked for a dense attention, and what that attention gave.
 struct AttentionTile {
   int64_t batch_row = 0;
-  int64_t position = 0;  ///< of the first token
+  int64_t first_group = 0;  ///< the KV heads [first_group, first_group + groups), as are all of
+  int64_t groups = 0;       ///< this struct's G and their query heads H
+  int64_t position = 0;     ///< of the first token
   int64_t tokens = 0;
   int64_t capacity = 0;    ///< tokens there is room for
   char* keys = nullptr;    ///< [G, capacity, width] of the query's dtype, as stored (rotated)
