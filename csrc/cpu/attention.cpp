@@ -7,6 +7,7 @@
 #include <cmath>
 #include <limits>
 
+#include "../attention_check.h"
 #include "attention_dense.h"
 #include "parallel.h"
 #include "rows.h"
@@ -22,73 +23,10 @@ constexpr int64_t kTasks = 64;
 
 using OptionalTensor = std::optional<at::Tensor>;
 
-/// The op's arguments as the schema has them.
-struct Call {
-  const at::Tensor& query;
-  kvq::Packed k, v;
+/// The op's arguments, with kv_length's values.
+struct Call : AttentionCall {
   std::vector<int64_t> length;
-  Format k_format, v_format;
-  const OptionalTensor &start, &end, &mask, &sinks, &k_signs, &v_signs, &k_mean, &v_mean;
-  std::optional<double> scale;
-  double softcap;
-  int64_t window;
-  bool causal, ring;
 };
-
-void check_packed_pair(const Call& call) {
-  const at::Tensor &q = call.query, &k = call.k.codes, &v = call.v.codes;
-  check_input(kOp, "query", q, at::kCPU);
-  check_packed(kOp, "k_", call.k, call.k_format);
-  check_packed(kOp, "v_", call.v, call.v_format);
-  for (const auto* packed : {&call.k, &call.v}) {
-    TORCH_CHECK_VALUE(packed->codes.device() == q.device(), "[kvq.attention] ",
-                      packed == &call.k ? "k_codes" : "v_codes", " must be on ", q.device(),
-                      ", got ", packed->codes.device());
-  }
-  TORCH_CHECK_VALUE(k.sizes().slice(0, 3) == v.sizes().slice(0, 3),
-                    "[kvq.attention] k_codes and v_codes must agree in batch, heads and capacity, "
-                    "got ",
-                    k.sizes(), " and ", v.sizes());
-  TORCH_CHECK_VALUE(q.size(0) == k.size(0), "[kvq.attention] query has batch ", q.size(0),
-                    ", k_codes ", k.size(0));
-  TORCH_CHECK_VALUE(k.size(1) > 0 && q.size(1) % k.size(1) == 0,
-                    "[kvq.attention] query heads must be a multiple of the cache's ", k.size(1),
-                    ", got ", q.size(1));
-  const int64_t head_dim = call.k_format.head_dim(k.size(3));
-  TORCH_CHECK_VALUE(q.size(3) == head_dim, "[kvq.attention] query must have head_dim ", head_dim,
-                    " as k_codes have, got ", q.size(3));
-}
-
-void check_scalars(const Call& call) {
-  TORCH_CHECK_VALUE(call.window >= 0,
-                    "[kvq.attention] window must be positive, or 0 for none, got ", call.window);
-  TORCH_CHECK_VALUE(call.softcap >= 0 && std::isfinite(call.softcap),
-                    "[kvq.attention] softcap must be positive, or 0 for none, got ", call.softcap);
-  TORCH_CHECK_VALUE(!call.scale || std::isfinite(*call.scale),
-                    "[kvq.attention] scale must be finite, got ", call.scale.value_or(0));
-}
-
-void check_mask_and_sinks(const Call& call) {
-  const at::Tensor& q = call.query;
-  if (call.sinks) {
-    float_dtype(kOp, "sinks", call.sinks->scalar_type());
-    TORCH_CHECK_VALUE(call.sinks->dim() == 1 && call.sinks->size(0) == q.size(1),
-                      "[kvq.attention] sinks must be [", q.size(1), "], got ", call.sinks->sizes());
-    TORCH_CHECK_VALUE(call.sinks->device() == q.device(), "[kvq.attention] sinks must be on ",
-                      q.device(), ", got ", call.sinks->device());
-  }
-  if (!call.mask) return;
-  const at::Tensor& mask = *call.mask;
-  if (mask.scalar_type() != at::kBool) float_dtype(kOp, "mask (or bool)", mask.scalar_type());
-  TORCH_CHECK_VALUE(mask.device() == q.device(), "[kvq.attention] mask must be on ", q.device(),
-                    ", got ", mask.device());
-  bool fits = mask.dim() >= 1 && mask.dim() <= 4;
-  for (int64_t i = 2; fits && i <= mask.dim(); ++i) {
-    fits = mask.size(-i) == 1 || mask.size(-i) == q.size(3 - (i - 1));
-  }
-  TORCH_CHECK_VALUE(fits, "[kvq.attention] mask must broadcast to [", q.size(0), ", ", q.size(1),
-                    ", ", q.size(2), ", columns], got ", mask.sizes());
-}
 
 /// Which positions each batch row may see, window and causality of its queries included.
 std::vector<AttentionRow> visible_rows(const Call& call) {
@@ -96,14 +34,8 @@ std::vector<AttentionRow> visible_rows(const Call& call) {
   const int64_t capacity = call.k.codes.size(2);
   constexpr int64_t kFar = std::numeric_limits<int64_t>::max();
   std::vector<int64_t> start(batch, 0), end(batch, kFar);
-  if (call.start) {
-    check_positions(kOp, "kv_start", *call.start, batch, at::kCPU);
-    start = position_values(*call.start, batch);
-  }
-  if (call.end) {
-    check_positions(kOp, "kv_end", *call.end, batch, at::kCPU);
-    end = position_values(*call.end, batch);
-  }
+  if (call.start) start = position_values(*call.start, batch);
+  if (call.end) end = position_values(*call.end, batch);
   std::vector<AttentionRow> rows(batch);
   for (int64_t b = 0; b < batch; ++b) {
     const int64_t length = call.length[b];
@@ -175,15 +107,8 @@ void run_packed(AttentionArgs& args) {
 }
 
 std::tuple<at::Tensor, at::Tensor> run(const Call& call) {
-  check_packed_pair(call);
-  check_scalars(call);
-  check_mask_and_sinks(call);
-  Side k{call.k_format}, v{call.v_format};
-  k.head_dim = call.query.size(3);
-  v.head_dim = call.v_format.head_dim(call.v.codes.size(3));
+  const auto [k, v] = check_attention(call, at::kCPU);
   const int64_t groups = call.k.codes.size(1);
-  check_rotation_and_mean(kOp, "k_", k, groups, call.k_signs, call.k_mean, at::kCPU);
-  check_rotation_and_mean(kOp, "v_", v, groups, call.v_signs, call.v_mean, at::kCPU);
   const std::vector<AttentionRow> rows = visible_rows(call);
 
   const at::Tensor& q = call.query;
@@ -237,25 +162,25 @@ std::tuple<at::Tensor, at::Tensor> attention(
     double softcap, int64_t window, bool causal, bool ring) {
   check_input(kOp, "query", query, at::kCPU);
   check_positions(kOp, "kv_length", kv_length, query.size(0), at::kCPU);
-  return run({query,
-              {k_codes, k_scales, k_biases},
-              {v_codes, v_scales, v_biases},
-              position_values(kv_length, query.size(0)),
-              Format::parse(kOp, k_format, k_group_size),
-              Format::parse(kOp, v_format, v_group_size),
-              kv_start,
-              kv_end,
-              mask,
-              sinks,
-              k_signs,
-              v_signs,
-              k_mean,
-              v_mean,
-              scale,
-              softcap,
-              window,
-              causal,
-              ring});
+  return run({{query,
+               {k_codes, k_scales, k_biases},
+               {v_codes, v_scales, v_biases},
+               Format::parse(kOp, k_format, k_group_size),
+               Format::parse(kOp, v_format, v_group_size),
+               kv_start,
+               kv_end,
+               mask,
+               sinks,
+               k_signs,
+               v_signs,
+               k_mean,
+               v_mean,
+               scale,
+               softcap,
+               window,
+               causal,
+               ring},
+              position_values(kv_length, query.size(0))});
 }
 
 std::tuple<at::Tensor, at::Tensor> attention_int(
@@ -268,25 +193,25 @@ std::tuple<at::Tensor, at::Tensor> attention_int(
     const OptionalTensor& v_mean, std::optional<double> scale, double softcap, int64_t window,
     bool causal, bool ring) {
   check_input(kOp, "query", query, at::kCPU);
-  return run({query,
-              {k_codes, k_scales, k_biases},
-              {v_codes, v_scales, v_biases},
-              std::vector<int64_t>(query.size(0), kv_length),
-              Format::parse(kOp, k_format, k_group_size),
-              Format::parse(kOp, v_format, v_group_size),
-              kv_start,
-              kv_end,
-              mask,
-              sinks,
-              k_signs,
-              v_signs,
-              k_mean,
-              v_mean,
-              scale,
-              softcap,
-              window,
-              causal,
-              ring});
+  return run({{query,
+               {k_codes, k_scales, k_biases},
+               {v_codes, v_scales, v_biases},
+               Format::parse(kOp, k_format, k_group_size),
+               Format::parse(kOp, v_format, v_group_size),
+               kv_start,
+               kv_end,
+               mask,
+               sinks,
+               k_signs,
+               v_signs,
+               k_mean,
+               v_mean,
+               scale,
+               softcap,
+               window,
+               causal,
+               ring},
+              std::vector<int64_t>(query.size(0), kv_length)});
 }
 
 }  // namespace
