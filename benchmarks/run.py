@@ -207,11 +207,64 @@ def bench_dequantize(case: Case, peer: str) -> tuple[Callable, Callable]:
     return ours, theirs
 
 
+def bench_dense_to_dense(case: Case, peer: str) -> tuple[Callable, Callable]:
+    """qdq and hadamard: K in, as much out; against a copy."""
+    turns, target = rotation((case.key,)), torch.empty_like(case.key)
+    signs = hadamard_signs(case.args.head_dim)
+
+    def ours(turn: int) -> torch.Tensor:
+        (key,) = turns[turn % len(turns)]
+        return (
+            ops.hadamard(key, signs) if case.args.op == "hadamard" else ops.qdq(key, case.k_format)
+        )
+
+    result = ours(0)
+    assert result.shape == case.key.shape and not result.isnan().any()
+    return ours, lambda turn: target.copy_(turns[turn % len(turns)][0])
+
+
+def bench_update(case: Case, peer: str) -> tuple[Callable, Callable]:
+    """One token into a dense cache, against index_copy_."""
+    cache, dense, new = case.key.clone(), case.key.clone(), case.value[:, :, :1].contiguous()
+    slot = case.args.tokens // 2
+    index = torch.tensor([slot])
+
+    def ours(turn: int) -> None:
+        ops.kv_cache_update_(cache, new, slot)
+
+    def theirs(turn: int) -> None:
+        dense.index_copy_(2, index, new)
+
+    ours(0), theirs(0)
+    assert torch.equal(cache, dense)
+    return ours, theirs
+
+
+def bench_mlx_native(case: Case, peer: str) -> tuple[Callable, Callable]:
+    """4-bit rows of mlx-native's layout to float32, against a copy of as many floats."""
+    generator = torch.Generator().manual_seed(0)
+    row = (*case.shape[:3], case.args.head_dim // 2)
+    codes = torch.randint(0, 256, row, generator=generator, dtype=torch.uint8)
+    turns = rotation((codes, torch.ones(*case.shape[:3], max(1, case.args.head_dim // 256))))
+    source = torch.zeros(case.shape)
+    target = torch.empty_like(source)
+
+    def ours(turn: int) -> torch.Tensor:
+        return ops.mlx_native_dequantize(*turns[turn % len(turns)], 4)
+
+    assert ours(0).shape == source.shape
+    return ours, lambda turn: target.copy_(source)
+
+
 OPS = {
     "attention": (bench_attention, ("torch-folded", "torch-gqa", "torch-fp32")),
     "append": (bench_append, ("index-copy",)),
     "quantize": (bench_quantize, ("memcpy", "mlx", "gguf")),
     "dequantize": (bench_dequantize, ("memcpy",)),
+    "qdq": (bench_dense_to_dense, ("memcpy",)),
+    "hadamard": (bench_dense_to_dense, ("memcpy",)),
+    "kv_cache_update": (bench_update, ("index-copy",)),
+    "mlx_native_dequantize": (bench_mlx_native, ("memcpy",)),
 }
 
 
