@@ -13,6 +13,10 @@
 /// weight of at most e^8 costs no precision.
 #define KVQ_RESCALE 8.0f
 
+/// Most float products that a score sums in a row. Adding them all one after the other is the
+/// largest error of float attention; float16 and bfloat16 lose more by rounding their operands.
+#define KVQ_SUMMED_IN_A_ROW 32
+
 /// float to T for a tile; a finite value too large for float16 saturates, NaN stays.
 template <typename T>
 inline T kvq_narrow(float x) {
@@ -67,6 +71,7 @@ template <typename T, typename KF, typename VF, uint D, uint DV, bool ALIGNED>
   constexpr uint block = sizeof(T) * dim <= 512 ? 32 : 16;  // tokens of a tile
   constexpr uint stride = dim + 8;                          // of the tile, padded
   constexpr uint score_stride = block + 4, weight_stride = block + 8;
+  constexpr uint score_step = sizeof(T) == 4 ? KVQ_SUMMED_IN_A_ROW : D;
   constexpr uint tile_bytes = block * stride * sizeof(T);
   constexpr uint stage_bytes = 8 * (dim * sizeof(float) + (D + 8) * sizeof(T));
   threadgroup float4 memory[kvq_most(tile_bytes, stage_bytes) / 16];
@@ -150,25 +155,33 @@ template <typename T, typename KF, typename VF, uint D, uint DV, bool ALIGNED>
     threadgroup_barrier(mem_flags::mem_threadgroup);
     const bool active = t < any_last && t + block > any_first;
     if (active) {
-      for (uint j = 0; j < block; j += 8) {
-        simdgroup_matrix<float, 8, 8> s = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
-        KVQ_UNROLL for (uint i = 0; i < D / 8; ++i) {
-          simdgroup_matrix<T, 8, 8> key;
-          simdgroup_load(key, tile + j * stride + 8 * i, stride, ulong2(0, 0), true);
-          simdgroup_multiply_accumulate(s, q[i], key, s);
+      float score[block / 4];
+      KVQ_UNROLL for (uint d = 0; d < D; d += score_step) {
+        for (uint j = 0; j < block; j += 8) {
+          simdgroup_matrix<float, 8, 8> s = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+          KVQ_UNROLL for (uint i = d; i < kvq_least(d + score_step, D); i += 8) {
+            simdgroup_matrix<T, 8, 8> key;
+            simdgroup_load(key, tile + j * stride + i, stride, ulong2(0, 0), true);
+            simdgroup_multiply_accumulate(s, q[i / 8], key, s);
+          }
+          simdgroup_store(s, my_scores + j, score_stride);
         }
-        simdgroup_store(s, my_scores + j, score_stride);
+        simdgroup_barrier(mem_flags::mem_threadgroup);
+        KVQ_UNROLL for (uint j = 0; j < block / 4; ++j) {
+          const float part = my_scores[lane / 4 * score_stride + lane % 4 + 4 * j];
+          score[j] = d == 0 ? part : score[j] + part;
+        }
+        // Scores are in registers: their place serves the next sum, then to scale the output.
+        simdgroup_barrier(mem_flags::mem_threadgroup);
       }
-      simdgroup_barrier(mem_flags::mem_threadgroup);
 
       const bool plain = p.softcap == 0.0f && p.mask_kind == KVQ_MASK_NONE && t >= all_first &&
                          t + block <= min(all_last, tokens.end);
-      float score[block / 4];
       bool seen[block / 4];
       float highest = KVQ_LOWEST;
       KVQ_UNROLL for (uint j = 0; j < block / 4; ++j) {
         const uint column = lane % 4 + 4 * j, token = t + column;
-        score[j] = fma(p.scale, my_scores[lane / 4 * score_stride + column], row_mean);
+        score[j] = fma(p.scale, score[j], row_mean);
         seen[j] = true;
         if (!plain) {
           seen[j] = token < tokens.end && token >= row_first && token < row_last;
@@ -180,8 +193,6 @@ template <typename T, typename KF, typename VF, uint D, uint DV, bool ALIGNED>
       highest = max(highest, simd_shuffle_xor(highest, ushort(1)));
       highest = max(highest, simd_shuffle_xor(highest, ushort(2)));
       const bool grows = highest > m + KVQ_RESCALE;
-      // Scores are in registers: their place serves to scale the output.
-      simdgroup_barrier(mem_flags::mem_threadgroup);
       if (simd_max(grows ? 1u : 0u) != 0) {
         const float kept = grows ? kvq_exp(m - highest) : 1.0f;
         m = grows ? highest : m;

@@ -106,13 +106,16 @@ def error(out, expected):
 
 
 def check_accuracy(case, **options):
-    """At most twice torch's error; a single element, the luck of the draw, at most three times."""
+    """At most twice torch's error, of all elements and of the worst one.
+
+    The worst one may also be half a rounding of the output away, which is anybody's luck.
+    """
     out, lse = case.run(**options)
     expected, expected_lse = case.expected()
     ours, torchs = error(out, expected), case.torch_error()
     rounding = torch.finfo(case.query.dtype).eps * expected.abs().max().item()
     assert ours[0] <= 2 * torchs[0] + 0.05 * rounding, (ours, torchs)
-    assert ours[1] <= 3 * torchs[1] + 0.5 * rounding, (ours, torchs)
+    assert ours[1] <= 2 * torchs[1] + 0.5 * rounding, (ours, torchs)
     loose = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
     prefill = options.get("kernel") == "prefill"
     atol = loose[case.query.dtype] if prefill else 1e-5
