@@ -8,6 +8,7 @@ import importlib.util
 import os
 import platform
 import shutil
+import sys
 from pathlib import Path
 
 
@@ -22,12 +23,17 @@ def clang() -> str | None:
     return os.environ.get("KVQ_CLANG") or shutil.which("clang++-19")
 
 
+#: How to get ptxas.
+PTXAS = "pip install nvidia-cuda-nvcc"
+
+
 @functools.cache
 def ptxas() -> str | None:
-    """Path of ptxas, which is optional."""
+    """Path of ptxas, which is optional: on the PATH, of a CUDA toolkit, or of PyPI's package."""
     found = shutil.which("ptxas")
     toolkits = sorted(Path("/usr/local").glob("cuda*/bin/ptxas"))
-    return found or (str(toolkits[-1]) if toolkits else None)
+    packages = [p for folder in sys.path for p in Path(folder).glob("nvidia/*/bin/ptxas")]
+    return found or next((str(p) for p in (*toolkits[-1:], *packages)), None)
 
 
 @functools.cache

@@ -56,6 +56,7 @@ _TRACED = """
     -O1 -ffp-contract=off -gline-tables-only -fsanitize=kernel-address
     -mllvm -asan-instrumentation-with-call-threshold=0 -mllvm -asan-kernel-mem-intrinsic-prefix=1
     """.split()
+_NO_CONTRACTION = re.compile(r"^\s*#pragma METAL fp contract\(off\)", re.MULTILINE)
 _SAFE_MATH = re.compile(r"^\s*#pragma METAL fp math_mode\(safe\)", re.MULTILINE)
 _KERNEL_FLAGS = {
     "fast": "-O2 -ffp-contract=off".split(),
@@ -75,7 +76,7 @@ _RUNTIME_FLAGS = """
     -std=c++17 -O2 -fPIC -fvisibility=hidden -fno-exceptions -fno-rtti -fno-strict-aliasing
     """.split()
 _PTX_FLAGS = """
-    -std=c++17 -O3 -w -nostdinc -nostdinc++ -gline-tables-only -ffp-contract=fast -fsigned-char
+    -std=c++17 -O3 -w -nostdinc -nostdinc++ -fsigned-char
     --target=nvptx64-nvidia-cuda -Xclang -target-feature -Xclang +ptx80
     -Xclang -cl-single-precision-constant -S -x c++
     """.split()
@@ -324,17 +325,32 @@ def compile_ptx(
     *,
     defines: Mapping[str, str] | None = None,
     only: str | None = None,
+    constants: Mapping[str, int] | None = None,
+    line_tables: bool = True,
 ) -> str:
     """Compiles a flattened source to PTX. An entry has the host name with other characters
     replaced by _, takes one pointer for each buffer index from 0 to the largest, and then, for
-    each threadgroup index, the offset of its memory in dynamic shared memory."""
+    each threadgroup index, the offset of its memory in dynamic shared memory. `constants` are the
+    values of function constants; others are variables of the module, 0 at first."""
+    for name, value in (constants or {}).items():
+        source, count = re.subn(
+            rf"^constant (\w+) {name} \[\[function_constant\(\d+\)\]\];",
+            rf"constant constexpr \1 {name} = {int(value)};",
+            source,
+            flags=re.M,
+        )
+        if count != 1:
+            raise CompileError(f"{count} function constants {name!r}")
     translation = translate(preprocess(source, defines), "ptx", only)
+    contract = "off" if _NO_CONTRACTION.search(source) else "fast"
     with tempfile.TemporaryDirectory() as scratch:
         unit, out = Path(scratch) / "kernels.cpp", Path(scratch) / "kernels.ptx"
         command = [
             _clang(),
             *_PTX_FLAGS,
             f"-march={arch}",
+            f"-ffp-contract={contract}",
+            *(["-gline-tables-only"] if line_tables else []),
             "-include",
             str(SHIM),
             str(unit),

@@ -1,0 +1,122 @@
+"""benchmarks/gpu: what is built for an NVIDIA GPU, and how it is launched, on the emulator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from benchmarks.gpu import attention, build, catalogue, structs
+from torch_kvq.formats import KVFormat
+
+from .. import emulator, requirements, toolchain
+from . import attention_launch, codec_launch
+
+
+@pytest.fixture(autouse=True)
+def _tools() -> None:
+    requirements.require(requirements.missing_for_emulator())
+
+
+class EmulatedKernels:
+    """Stands for benchmarks.gpu.device.Kernels: the same rows, launched on the emulator."""
+
+    def __init__(self, units) -> None:  # type: ignore[no-untyped-def]
+        self.rows: list[dict] = []
+        self.sources: dict[str, str] = {}
+        for unit in units:
+            source = (
+                toolchain.flatten(catalogue.METAL / f"{unit.library}.metal") + "\n" + unit.lines
+            )
+            for row in unit.rows:
+                self.rows.append({**row, "registers": 0})
+                self.sources[str(row["kernel"])] = source
+
+    def select(self, **wanted: object) -> list[dict]:
+        return [r for r in self.rows if all(r.get(key) == value for key, value in wanted.items())]
+
+    def find(self, **wanted: object) -> dict:
+        return self.select(**wanted)[0]
+
+    def prepare(self, row, grid, block, buffers, params, shared=None) -> Callable[[], None]:  # type: ignore[no-untyped-def]
+        library = emulator.load(self.sources[row["kernel"]], "fast")
+        grid, block = ((*map(int, size), 1, 1)[:3] for size in (grid, block))
+        arguments = [codec_launch.bytes_of(b) for b in buffers]
+        memory = {} if shared is None else {0: shared}
+
+        def launch() -> None:
+            arguments_ = [emulator.InPlace(a) for a in arguments]
+            library.launch(
+                row["kernel"], grid, block, [*arguments_, params], row["constants"], memory
+            )
+
+        return launch
+
+
+def attention_kernels(*specs: str, **options: object) -> EmulatedKernels:
+    pairs = [(KVFormat.parse(s), KVFormat.parse(s)) for s in specs]
+    units = list(catalogue.attention_units(pairs, other_dims=False, **options))
+    merge = catalogue.codec_units("attention_merge", build.host_names("attention_merge"))
+    return EmulatedKernels([*units, *merge])
+
+
+def test_structs():
+    """Sizes are what the headers assert; attention's are those that the emulator's tests use."""
+    found = structs.structs()
+    for header in structs.HEADERS:
+        text = (structs.ROOT / "csrc" / "shared" / header).read_text()
+        assert "struct" in text
+    assert found["KvqAttentionParams"].itemsize == attention_launch.PARAMS.itemsize
+    assert found["KvqAttentionParams"].fields.keys() == attention_launch.PARAMS.fields.keys()
+    for name, dtype in codec_launch.structs().items():
+        assert found[name] == dtype, name
+
+
+def test_small_checks_of_attention():
+    """Launch geometry, buffers and the accuracy rule, as on a GPU."""
+    kernels = attention_kernels("int4-g64-rot", dtypes=[torch.float16], rows=(1, 4))
+    results = list(attention.small_checks(kernels))
+    assert len(results) == 3
+    assert all(result["ok"] for _, result in results), results
+
+
+def test_every_kernel_of_the_metal_files_has_a_row():
+    """Each library is built whole; only attention's templates are sampled."""
+    for path in sorted(catalogue.METAL.glob("*.metal")):
+        if path.stem in build.TEMPLATES:
+            continue
+        names = build.host_names(path.stem)
+        units = list(catalogue.codec_units(path.stem, names))
+        assert names and all({row["kernel"] for row in unit.rows} == set(names) for unit in units)
+        declared = {c.name for c in toolchain.kernels(build.source_of(units[0])).constants}
+        assert all(set(unit.constants or {}) == declared for unit in units), path.stem
+
+
+def test_attention_is_built_for_every_stored_format():
+    rows = [row for unit in catalogue.attention_units() for row in unit.rows]
+    for fmt in catalogue.ALL_FORMATS:
+        mine = [r for r in rows if r["k"] == r["v"] == str(fmt) and r["head_dim"] == 128]
+        assert {r["dtype"] for r in mine} == set(catalogue.DTYPES), fmt
+        assert {r["rows"] for r in mine if not r["prefill"]} == set(catalogue.ROWS), fmt
+        assert {r["prefill"] for r in mine} == {False, True}, fmt
+
+
+def test_build(tmp_path):
+    """One library to a cubin: registers and spills are read from ptxas's report."""
+    if requirements.ptxas() is None:
+        pytest.skip(f"ptxas is not installed (it is optional): {requirements.PTXAS}")
+    units = list(catalogue.codec_units("hadamard", build.host_names("hadamard")))[:1]
+    rows = build.build(units, tmp_path)
+    assert len(rows) == 3 and all(0 < row["registers"] < 256 for row in rows)
+    assert all(row["spilled"] == 0 and (tmp_path / row["cubin"]).stat().st_size for row in rows)
+    assert build.build(units, tmp_path) == rows
+
+
+def test_ptx_honours_pragmas_and_constants():
+    """Codes must equal the reference's: no contraction; a set constant leaves no variable."""
+    (unit, *_) = catalogue.codec_units("dense", build.host_names("dense"))
+    text = build.ptx(unit, "sm_90")
+    assert "fma.rn.f32" not in text and "kvq_rotate" not in text
+    with pytest.raises(toolchain.CompileError, match="no_such"):
+        toolchain.compile_ptx(build.source_of(unit), constants={"no_such": 1})
