@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from torch_kvq import ops
+from torch_kvq import ops, serialization
 from torch_kvq.codebooks import SIGNS_SEED, hadamard_signs
 from torch_kvq.formats import FLOAT_DTYPES, SCALE_DTYPES, KVFormat, default_scale_dtype
 from torch_kvq.ops import Format, Packed
@@ -609,3 +610,24 @@ class QuantizedKVCache(nn.Module):
     def repeat_interleave(self, repeats: int) -> None:
         """Repeat every row ``repeats`` times in place of one."""
         self._replace_rows(lambda t: t.repeat_interleave(repeats, 0))
+
+    # -- files ------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the tokens held to a safetensors file, atomically; see
+        :mod:`torch_kvq.serialization` for what it holds."""
+        serialization.save(self, path)
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike, *, device: torch.device | str | None = None
+    ) -> QuantizedKVCache:
+        """The cache that :meth:`save` wrote; attending and appending go on as if never saved.
+
+        Args:
+            device: where to put it; where it was, if this machine has that, else the CPU.
+
+        Raises:
+            ValueError: the file is damaged, truncated or holds something else.
+        """
+        return serialization.load(cls, path, device)

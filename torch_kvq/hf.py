@@ -20,6 +20,7 @@ encoder-decoder models are refused.
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -35,7 +36,7 @@ from transformers.cache_utils import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from torch_kvq import ops
+from torch_kvq import ops, serialization
 from torch_kvq.cache import QuantizedKVCache
 from torch_kvq.formats import GROUP_SIZES, KVFormat
 from torch_kvq.ops import Format, Packed
@@ -394,6 +395,31 @@ class KVQCache(Cache):
                 arguments_here.pop("sink_tokens", None)  # they leave the window anyway
             layers.append(KVQLayer(formats[0], formats[1], **arguments_here))
         super().__init__(layers=layers)
+        self.config = config
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write every layer's tokens to one safetensors file, atomically; see
+        :mod:`torch_kvq.serialization` for what it holds."""
+        serialization.save_model_cache(self, path)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike,
+        config: PreTrainedConfig,
+        *,
+        device: torch.device | str | None = None,
+    ) -> KVQCache:
+        """The cache that :meth:`save` wrote, for a model of the same config.
+
+        Args:
+            config: the model's config.
+            device: where to put it; where it was, if this machine has that, else the CPU.
+
+        Raises:
+            ValueError: the file is damaged, truncated, or of another model's config.
+        """
+        return serialization.load_model_cache(cls, path, config, device)
 
     @property
     def nbytes(self) -> int:
