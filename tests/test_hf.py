@@ -1,4 +1,4 @@
-"""transformers: the quantised cache against a dense cache that holds its dequantised values."""
+"""transformers: what the matrix of tests/test_hf_matrix.py does not ask."""
 
 from __future__ import annotations
 
@@ -7,302 +7,170 @@ import torch
 
 transformers = pytest.importorskip("transformers", reason="the hf extra is not installed")
 
-from torch._dynamo.testing import CompileCounterWithBackend  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache  # noqa: E402
-from transformers.cache_utils import (  # noqa: E402
-    Cache,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
+from transformers import DynamicCache  # noqa: E402
+
+from tests.hf_helpers import (  # noqa: E402
+    TINY,
+    WINDOW,
+    dense_implementation,
+    generate,
+    prompt,
+    tiny_config,
+    tiny_model,
+    tokens,
 )
-
-from torch_kvq import ops  # noqa: E402
-from torch_kvq.codebooks import hadamard_signs  # noqa: E402
-from torch_kvq.formats import KVFormat  # noqa: E402
-from torch_kvq.hf import KVQCache, use  # noqa: E402
-
-FORMATS = [("int8", None), ("int4-rot", None), ("int8", "int4-g32"), ("tq4", "q4_0")]
-
-
-class _Requantised:
-    """A dense layer that keeps what our cache would decode, and returns a prefill as it came."""
-
-    formats: tuple[KVFormat, KVFormat]
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        exact = self.get_seq_length() == 0 and key_states.shape[2] > 1
-        stored = []
-        for side, fmt, x in zip("kv", self.formats, (key_states, value_states), strict=True):
-            encoder = "unbiased" if side == "k" and fmt.family == "turboquant" else "default"
-            signs = hadamard_signs(x.shape[-1], device=x.device) if fmt.rotate else None
-            stored.append(ops.qdq(x, fmt, signs=signs, encoder=encoder))
-        kept = super().update(*stored, *args, **kwargs)
-        return (key_states, value_states) if exact else kept
-
-
-class _FullLayer(_Requantised, DynamicLayer):
-    pass
-
-
-class _SlidingLayer(_Requantised, DynamicSlidingWindowLayer):
-    pass
-
-
-def dense_reference(config, k_format, v_format):
-    """A dense Cache with the layers of DynamicCache(config), each holding dequantised values."""
-    formats = (KVFormat.parse(k_format), KVFormat.parse(v_format or k_format))
-    layers = []
-    for layer in DynamicCache(config=config).layers:
-        sliding = isinstance(layer, DynamicSlidingWindowLayer)
-        made = _SlidingLayer(layer.sliding_window) if sliding else _FullLayer()
-        made.formats = formats
-        layers.append(made)
-    return Cache(layers=layers)
-
-
-def tiny_config(name: str, **extra):
-    """A random-weight model of four layers, GQA 2:1, head_dim 64."""
-    common = dict(
-        vocab_size=128, hidden_size=128, intermediate_size=128, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=64, max_position_embeddings=256,
-        bos_token_id=1, eos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
-    return getattr(transformers, name)(**{**common, **extra})
-
-
-TINY = {
-    "llama": ("LlamaConfig", {}),
-    "mistral": ("MistralConfig", {"sliding_window": 8}),
-    "gemma2": ("Gemma2Config", {"sliding_window": 8, "query_pre_attn_scalar": 64}),
-}
-
-
-@pytest.fixture(scope="module", params=TINY)
-def tiny_model(request, device):
-    name, extra = TINY[request.param]
-    config = tiny_config(name, **extra)
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().to(device)
-    for parameter in model.parameters():  # random, but far from uniform predictions
-        parameter.data.mul_(3.0 if parameter.dim() > 1 else 1.0)
-    return model
+from torch_kvq.hf import CACHE_ARGUMENT, KVQCache, fit_group, use  # noqa: E402
 
 
 @pytest.fixture(scope="module")
-def trained(code_model, device):
-    model = AutoModelForCausalLM.from_pretrained(code_model, dtype=torch.float32)
-    return model.eval().to(device), AutoTokenizer.from_pretrained(code_model)
+def llama(device):
+    return tiny_model("llama", device)
 
 
-def generate(model, inputs, cache, implementation, **options):
-    model.set_attn_implementation(implementation)
-    options = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0, **options}
-    options["use_cache"] = True  # code-28m's generation_config.json says false
-    with torch.no_grad():
-        return model.generate(**inputs, past_key_values=cache, **options)
+@pytest.fixture(scope="module")
+def mistral(device):
+    return tiny_model("mistral", device)
 
 
-def dense_implementation(model) -> str:
-    """eager where sdpa cannot do the model's softcap."""
-    return "eager" if getattr(model.config, "attn_logit_softcapping", None) else "sdpa"
+def layer_state(cache: KVQCache) -> list[torch.Tensor]:
+    return [buffer.clone() for layer in cache.layers for buffer in layer.cache.buffers()]
 
 
-def both(model, inputs, k_format, v_format, **options):
-    config = model.config
-    ours = generate(model, inputs, KVQCache(config, k_format, v_format), "kvq", **options)
-    dense = dense_reference(config, k_format, v_format)
-    theirs = generate(model, inputs, dense, dense_implementation(model), **options)
-    return ours, theirs
-
-
-def prompt_tokens(model, rows=1, length=12, padded=False):
-    generator = torch.Generator().manual_seed(5)
-    ids = torch.randint(2, model.config.vocab_size, (rows, length), generator=generator)
-    mask = torch.ones_like(ids)
-    if padded:
-        for row in range(rows):
-            ids[row, : 3 * row] = 0
-            mask[row, : 3 * row] = 0
-    device = next(model.parameters()).device
-    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
-
-
-@pytest.mark.parametrize("k_format,v_format", FORMATS)
-def test_tiny_models_greedy(tiny_model, k_format, v_format):
-    ours, theirs = both(tiny_model, prompt_tokens(tiny_model), k_format, v_format)
-    assert torch.equal(ours, theirs)
-
-
-def test_tiny_models_left_padded_batch(tiny_model):
-    inputs = prompt_tokens(tiny_model, rows=3, padded=True)
-    ours, theirs = both(tiny_model, inputs, "int8", "int4-rot")
-    assert torch.equal(ours, theirs)
-
-
-def test_tiny_models_chunked_prefill(tiny_model):
-    inputs = prompt_tokens(tiny_model, length=31)
-    ours, theirs = both(tiny_model, inputs, "int8", "int4-rot", prefill_chunk_size=7)
-    assert torch.equal(ours, theirs)
-
-
-def test_tiny_models_two_turns(tiny_model):
-    results = []
-    for ours in (True, False):
-        config = tiny_model.config
-        cache = KVQCache(config, "int8") if ours else dense_reference(config, "int8", None)
-        implementation = "kvq" if ours else dense_implementation(tiny_model)
-        inputs = prompt_tokens(tiny_model)
-        first = generate(tiny_model, inputs, cache, implementation, max_new_tokens=9)
-        more = torch.cat([first, prompt_tokens(tiny_model, length=5)["input_ids"]], dim=1)
-        second = {"input_ids": more, "attention_mask": torch.ones_like(more)}
-        results.append(generate(tiny_model, second, cache, implementation))
-    assert torch.equal(*results)
-
-
-def test_beam_search(tiny_model):
-    inputs = prompt_tokens(tiny_model, rows=2)
-    ours, theirs = both(tiny_model, inputs, "int8", None, num_beams=3)
-    assert torch.equal(ours, theirs)
-
-
-def test_prompt_lookup_crops_exactly(tiny_model):
-    inputs = prompt_tokens(tiny_model)
-    config = tiny_model.config
-    plain = generate(tiny_model, inputs, KVQCache(config, "int8"), "kvq")
-    lookup = generate(
-        tiny_model, inputs, KVQCache(config, "int8"), "kvq", prompt_lookup_num_tokens=3
-    )
-    assert torch.equal(plain, lookup)
-
-
-def test_plain_cache_under_our_attention(tiny_model):
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt_oss"])
+def test_plain_cache_under_our_attention(name, device):
     """A dense cache with attn_implementation="kvq" gives what the dense implementation gives."""
-    for inputs in (prompt_tokens(tiny_model), prompt_tokens(tiny_model, rows=3, padded=True)):
+    model = tiny_model(name, device)
+    for inputs in (prompt(device=device), prompt(rows=3, padded=True, device=device)):
         for options in ({}, {"prefill_chunk_size": 7}):
             results = [
-                generate(
-                    tiny_model, inputs, DynamicCache(config=tiny_model.config), name, **options
-                )
-                for name in ("kvq", dense_implementation(tiny_model))
+                generate(model, inputs, DynamicCache(config=model.config), attention, **options)
+                for attention in ("kvq", dense_implementation(model))
             ]
             assert torch.equal(*results)
 
 
-def test_static_cache_gives_the_same_tokens(tiny_model):
-    inputs = prompt_tokens(tiny_model)
-    config = tiny_model.config
-    growing = generate(tiny_model, inputs, KVQCache(config, "int8"), "kvq")
-    static = generate(tiny_model, inputs, KVQCache(config, "int8", max_cache_len=96), "kvq")
-    assert torch.equal(growing, static)
-
-
-def test_static_decode_compiles_to_one_graph(device):
-    """model.forward with a static cache: one graph over a whole generation, eager's tokens."""
-    torch._dynamo.reset()
-    model = AutoModelForCausalLM.from_config(tiny_config("LlamaConfig")).eval().to(device)
-    inputs = prompt_tokens(model)
-    expected = generate(model, inputs, KVQCache(model.config, "int8", "int4-rot"), "kvq")
-    cache = KVQCache(model.config, "int8", "int4-rot", max_cache_len=64)
-    counter = CompileCounterWithBackend("aot_eager")
-    step = torch.compile(model.forward, fullgraph=True, backend=counter)
-    with torch.no_grad():
-        logits = model(**inputs, past_key_values=cache, use_cache=True).logits
-        out = [logits[:, -1:].argmax(-1)]
-        while len(out) < 24:
-            logits = step(input_ids=out[-1], past_key_values=cache, use_cache=True).logits
-            out.append(logits[:, -1:].argmax(-1))
-    assert torch.equal(torch.cat([inputs["input_ids"], *out], dim=1), expected)
-    assert counter.frame_count == 1
-
-
-def test_a_packed_cache_under_another_attention_is_refused(device):
-    model = AutoModelForCausalLM.from_config(tiny_config("LlamaConfig")).eval().to(device)
+def test_a_handle_under_another_attention_is_refused(llama, device):
     for implementation in ("sdpa", "eager"):
-        cache = KVQCache(model.config, "int8")
+        cache = KVQCache(llama.config, "int8", carrier="handle")
         with pytest.raises(TypeError, match=r"\[kvq.hf\].*attn_implementation=\"kvq\""):
-            generate(model, prompt_tokens(model), cache, implementation)
+            generate(llama, prompt(device=device), cache, implementation)
+    with pytest.raises(ValueError, match=r"\[kvq.hf\] carrier must be one of .* got 'view'"):
+        KVQCache(llama.config, carrier="view")
+
+
+def test_the_carrier_follows_the_attention_implementation(llama, device):
+    inputs = prompt(device=device)
+    results = [generate(llama, inputs, KVQCache(llama.config), name) for name in ("kvq", "sdpa")]
+    assert torch.equal(*results)
 
 
 def test_use_makes_generate_quantise(device):
-    model = AutoModelForCausalLM.from_config(tiny_config("LlamaConfig")).eval().to(device)
-    inputs = prompt_tokens(model)
+    model = tiny_model("llama", device)
+    inputs = prompt(device=device)
     expected = generate(model, inputs, KVQCache(model.config, "int8"), "kvq")
     assert use(model, "int8") is model
-    out = model.generate(
-        **inputs, max_new_tokens=24, do_sample=False, pad_token_id=0, return_dict_in_generate=True
-    )
-    assert isinstance(out.past_key_values, KVQCache)
-    assert torch.equal(out.sequences, expected)
-
-
-def test_skip_layers_and_layer_formats():
-    config = tiny_config("LlamaConfig")
-    cache = KVQCache(config, "int4", skip_layers=[0, -1], layer_formats={1: ("tq4", "q8_0")})
-    formats = [(str(layer.k_format), str(layer.v_format)) for layer in cache.layers]
-    assert formats == [("none", "none"), ("tq4", "q8_0"), ("int4", "int4"), ("none", "none")]
+    options = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0}
+    for none_given in ({}, {CACHE_ARGUMENT: None}, {"past_key_values": None}):
+        out = model.generate(**inputs, **options, return_dict_in_generate=True, **none_given)
+        assert isinstance(getattr(out, CACHE_ARGUMENT), KVQCache)
+        assert torch.equal(out.sequences, expected)
+    mine = KVQCache(model.config, "int8")
+    assert torch.equal(model.generate(**inputs, **options, **{CACHE_ARGUMENT: mine}), expected)
+    assert mine.get_seq_length() == expected.shape[1] - 1
 
 
 def test_refused_models():
     with pytest.raises(ValueError, match=r"\[kvq.hf\] encoder-decoder"):
         KVQCache(transformers.T5Config())
-    with pytest.raises(ValueError, match=r"\[kvq.hf\] deepseek_v3 uses multi-head latent"):
-        KVQCache(transformers.DeepseekV3Config())
+    for config in (transformers.DeepseekV2Config(), transformers.DeepseekV3Config()):
+        with pytest.raises(ValueError, match=r"\[kvq.hf\] deepseek_v\d uses multi-head latent"):
+            KVQCache(config)
 
 
 def test_group_fits_the_head_size():
-    from torch_kvq.hf import fit_group
-
     assert str(fit_group("int4", 96)) == "int4-g32"
     assert str(fit_group("int4-rot", 128)) == "int4-g64-rot"
     assert str(fit_group("int4-g128", 128)) == "int4-g128"
 
 
-@pytest.mark.parametrize("k_format,v_format", FORMATS)
-def test_trained_model_greedy(trained, k_format, v_format):
-    model, tokenizer = trained
-    inputs = tokenizer("def quicksort(items):\n", return_tensors="pt").to(model.device)
-    inputs.pop("token_type_ids", None)
-    ours, theirs = both(model, inputs, k_format, v_format, max_new_tokens=48)
-    assert torch.equal(ours, theirs)
+def test_skip_layers_and_layer_formats():
+    config = tiny_config("llama", num_hidden_layers=4)
+    formats = {1: ("tq4", "q8_0"), -2: ("int2", "none")}
+    cache = KVQCache(config, "int4", skip_layers=[0, -1], layer_formats=formats)
+    named = [(str(layer.k_format), str(layer.v_format)) for layer in cache.layers]
+    assert named == [("none", "none"), ("tq4", "q8_0"), ("int2", "none"), ("none", "none")]
+    for options in ({"skip_layers": [4]}, {"layer_formats": {-5: ("int8", "int8")}}):
+        with pytest.raises(IndexError, match=r"\[kvq.hf\] layer -?\d is not one of the model's 4"):
+            KVQCache(config, "int4", **options)
 
 
-def trained_batch(tokenizer, device):
-    prompts = ["import os\n\ndef main(", "class Point:\n    def", "x = ["]
-    rows = [tokenizer(prompt)["input_ids"] for prompt in prompts]
-    longest = max(map(len, rows))
-    ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
-    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+@pytest.mark.parametrize("kind", ["growing", "static"])
+def test_a_ring_holds_its_window_and_no_more(mistral, device, kind):
+    """Memory is bounded by the window: the same after 400 tokens as when the ring was full."""
+    rollback = 4
+    static = {"max_cache_len": 512} if kind == "static" else {}
+    cache = KVQCache(mistral.config, "int8", "int4", rollback_tokens=rollback, **static)
+    sizes = []
+    for _ in range(8):
+        ids = tokens(1, 50).to(device)
+        with torch.no_grad():
+            mistral(ids, **{CACHE_ARGUMENT: cache}, use_cache=True)
+        sizes.append(cache.nbytes)
+    assert int(cache.get_seq_length()) == 400
+    assert len(set(sizes)) == 1
+    # int8 and int4 groups of 64 in one K and one V row of head size 64: 64 + 32 bytes of codes, a
+    # float32 scale and bias each
+    row = 2 * (64 + 32 + 4 * 4)
+    per_layer = (WINDOW + rollback) * row + (8 if kind == "static" else 0)
+    assert sizes[-1] == 2 * per_layer
 
 
-def test_trained_model_left_padded_batch(trained):
-    model, tokenizer = trained
-    ours, theirs = both(model, trained_batch(tokenizer, model.device), "int8", "int4-rot")
-    assert torch.equal(ours, theirs)
+def test_hybrid_layers_have_storage_of_their_own_kind(device):
+    model = tiny_model("gemma3", device)
+    cache = KVQCache(model.config, "int8", rollback_tokens=4)
+    generate(model, prompt(length=40, device=device), cache, "kvq")
+    sliding, full = (layer.cache for layer in cache.layers)
+    assert cache.is_sliding == [True, False]
+    assert sliding.ring and sliding.capacity == WINDOW + 4
+    assert not full.ring and full.capacity >= 55
 
 
-def test_trained_model_chunked_prefill(trained):
-    model, tokenizer = trained
-    inputs = tokenizer("import sys\n" * 40, return_tensors="pt").to(model.device)
-    inputs.pop("token_type_ids", None)
-    ours, theirs = both(model, inputs, "int4-rot", None, prefill_chunk_size=50)
-    assert torch.equal(ours, theirs)
+@pytest.mark.parametrize("name", TINY)
+def test_beyond_the_static_capacity(name, device):
+    """generate() stops with a sentence, and the cache is as good as before the step it refused."""
+    model = tiny_model(name, device)
+    inputs = prompt(length=10, device=device)
+    cache = KVQCache(model.config, "int8", max_cache_len=14)
+    if all(cache.is_sliding):  # rings, which hold 14 tokens and go on
+        growing = KVQCache(model.config, "int8")
+        ids = generate(model, inputs, growing, "kvq")
+        assert torch.equal(generate(model, inputs, cache, "kvq"), ids)
+        return
+    with pytest.raises(IndexError, match=r"\[kvq.append\] 14 tokens \+ 1 exceed the capacity 14"):
+        generate(model, inputs, cache, "kvq")
+    assert int(cache.get_seq_length()) == 14
+    short = KVQCache(model.config, "int8", max_cache_len=14)
+    ids = generate(model, inputs, short, "kvq", max_new_tokens=5)
+    assert all(map(torch.equal, layer_state(cache), layer_state(short)))
+    cache.crop(-2)
+    more = {"input_ids": ids[:, :13], "attention_mask": torch.ones_like(ids[:, :13])}
+    assert torch.equal(generate(model, more, cache, "kvq", max_new_tokens=2), ids)
 
 
-def test_trained_model_two_turns(trained):
-    model, tokenizer = trained
-    results = []
-    for ours in (True, False):
-        cache = (
-            KVQCache(model.config, "int8", "int4-rot")
-            if ours
-            else dense_reference(model.config, "int8", "int4-rot")
-        )
-        implementation = "kvq" if ours else "sdpa"
-        inputs = tokenizer("def add(a, b):\n", return_tensors="pt").to(model.device)
-        inputs.pop("token_type_ids", None)
-        first = generate(model, inputs, cache, implementation)
-        turn = tokenizer("\n\ndef sub(a, b):\n", return_tensors="pt")["input_ids"]
-        ids = torch.cat([first, turn.to(first.device)], dim=1)
-        second = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        results.append(generate(model, second, cache, implementation))
-    assert torch.equal(*results)
+def test_use_refuses_what_the_static_capacity_cannot_hold(device):
+    """Before the first token is computed, and before a cache of the user's is touched."""
+    model = use(tiny_model("llama", device), "int8", max_cache_len=14)
+    inputs = prompt(length=10, device=device)
+    options = {"do_sample": False, "pad_token_id": 0}
+    message = r"\[kvq.hf\] 10 tokens \+ max_new_tokens 6 need a cache of 15, max_cache_len is 14"
+    model.forward = None  # nothing may run
+    for given in (
+        {"max_new_tokens": 6},
+        {"max_length": 16},
+        {"generation_config": transformers.GenerationConfig(max_new_tokens=6)},
+        {"max_new_tokens": 6, CACHE_ARGUMENT: KVQCache(model.config, max_cache_len=14)},
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.generate(**inputs, **options, **given)
+    del model.forward
+    assert model.generate(**inputs, **options, max_new_tokens=5).shape == (1, 15)

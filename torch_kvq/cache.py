@@ -17,6 +17,13 @@ from torch_kvq.ops import Format, Packed
 from torch_kvq.storage import KVView, after_slots, grow, with_exact, write_first
 
 _NONE = KVFormat("none")
+#: How far crop may go back in a ring or a recent window, unless said.
+ROLLBACK_TOKENS = 64
+
+
+def makes_ring(window: int, capacity: int | None) -> bool:
+    """Whether a cache of these arguments wraps around: it does if it holds the window."""
+    return window > 0 and (capacity is None or capacity >= window)
 
 
 @dataclass
@@ -45,7 +52,8 @@ class QuantizedKVCache(nn.Module):
         capacity: tokens to hold, allocated at once; lengths are then an int64 [B] tensor on the
             device, so that a step compiles to one graph and rows may differ in length. Without
             it the cache grows by blocks of ``block_size`` and all rows have one length.
-        window: > 0: sliding-window attention; a ring holds window + rollback_tokens tokens.
+        window: > 0: sliding-window attention; a ring holds window + rollback_tokens tokens, or
+            the capacity if that is less and holds the window.
         sink_tokens, recent_tokens: the first and the last tokens that attention reads in full
             precision (they are also packed, so leaving the window costs nothing).
         rollback_tokens: how far ``crop`` may go back in a ring or a recent window.
@@ -89,7 +97,7 @@ class QuantizedKVCache(nn.Module):
         window: int = 0,
         sink_tokens: int = 0,
         recent_tokens: int = 0,
-        rollback_tokens: int = 64,
+        rollback_tokens: int = ROLLBACK_TOKENS,
         dtype: torch.dtype = torch.float32,
         scale_dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
@@ -130,10 +138,12 @@ class QuantizedKVCache(nn.Module):
         self.v_encoder = self._encoder(v_encoder, self.v_format, "default")
         #: most tokens the storage may hold; None grows without bound
         self.limit = capacity
-        #: wraps around; a static cache too short to wrap is a plain one
-        self.ring = window > 0 and (capacity is None or capacity > window + rollback_tokens)
+        self.ring = makes_ring(window, capacity)
         if self.ring:
-            self.limit = window + rollback_tokens
+            most = window + rollback_tokens
+            self.limit = most if capacity is None else min(most, capacity)
+        #: most tokens a row may have; a ring has no such bound, unless its model sets one
+        self.max_length = None if self.ring else capacity
         first = (self.limit or 0) if self.static else 0
         make: dict[str, Any] = dict(dtype=dtype, scale_dtype=scale_dtype, device=device)
         self._register("k", self.k_format.empty(batch_size, kv_heads, first, head_dim, **make))
@@ -257,7 +267,7 @@ class QuantizedKVCache(nn.Module):
         # Only a chunk asks: reading the host's length would make a compiled step depend on it.
         was_empty = tokens > 1 and self._host.value == 0
         overflow = None
-        if self.ring and not was_empty and tokens > self._ring_chunk():
+        if self.ring and not was_empty and self._overwrites_windows(tokens):
             overflow = self._linear_view(key, value)
         self._reserve(tokens)
         ops.append_(
@@ -308,16 +318,24 @@ class QuantizedKVCache(nn.Module):
                 "[kvq.append] rows of different lengths need a static capacity, and neither a "
                 "ring nor recent_tokens"
             )
-        if self.static and not self.ring and not torch.compiler.is_compiling():
-            if self._host.value is not None and self._host.value + key.shape[2] > self.capacity:
+        if self.max_length is not None and not torch.compiler.is_compiling():
+            if self._host.value is not None and self._host.value + key.shape[2] > self.max_length:
                 raise IndexError(
                     f"[kvq.append] {self._host.value} tokens + {key.shape[2]} exceed the "
-                    f"capacity {self.capacity}"
+                    f"capacity {self.max_length}"
                 )
 
-    def _ring_chunk(self) -> int:
-        """Tokens that can be appended before the first one's window is overwritten."""
+    @property
+    def ring_chunk(self) -> int:
+        """Tokens that a ring takes at once before the first one's window is overwritten."""
         return (self.limit or 0) - self.window + 1
+
+    def _overwrites_windows(self, tokens: int, appended: bool = False) -> bool:
+        """Whether ``tokens`` tokens of a ring overwrite what the first of them still sees."""
+        if tokens <= self.ring_chunk:
+            return False
+        length = self._host.value
+        return length is None or length + (0 if appended else tokens) > (self.limit or 0)
 
     def _linear_view(self, key: torch.Tensor, value: torch.Tensor) -> KVView:
         """The window before this chunk and the chunk, packed: a chunk too long for the ring."""
@@ -441,7 +459,7 @@ class QuantizedKVCache(nn.Module):
                 query, view.keys, view.values, view.length, _NONE, _NONE, sinks=sinks, **common
             )
             return out if return_lse else out[0]
-        if view.ring and query.shape[2] > self._ring_chunk():
+        if view.ring and self._overwrites_windows(query.shape[2], appended=True):
             raise ValueError(
                 f"[kvq.attend] {query.shape[2]} queries reach further back than the ring: pass "
                 "the view that append returned, or give the cache more rollback_tokens"
@@ -508,33 +526,41 @@ class QuantizedKVCache(nn.Module):
         T is the length, of a ring what it holds, and of a static cache its capacity (slots past a
         row's length hold leftovers).
         """
-        key = self._dequantize(self.keys, self.k_format, self.k_signs, self.k_mean)
-        value = self._dequantize(self.values, self.v_format, self.v_signs, self.v_mean)
-        first, count = 0, self.capacity
+        return self.dense("k"), self.dense("v")
+
+    def dense(self, side: str, view: KVView | None = None) -> torch.Tensor:
+        """One side, "k" or "v", of :meth:`dequantized`, or of what a view makes visible."""
+        if view is not None and view.fresh:
+            return (view.keys if side == "k" else view.values).codes
+        linear = view is not None and view.ring != self.ring  # a chunk too long for the ring
+        packed = self.keys if side == "k" else self.values
+        if linear:
+            assert view is not None
+            packed = view.keys if side == "k" else view.values
+        x = ops.dequantize(
+            packed,
+            self.k_format if side == "k" else self.v_format,
+            signs=getattr(self, f"{side}_signs"),
+            mean=getattr(self, f"{side}_mean"),
+            dtype=self.dtype,
+        )
+        first, count = 0, x.shape[2]
         if not self.static or self.ring:
             length = self.length
-            count = min(length, self.capacity)
+            count = min(length, count)
             first = length - count
-            order = torch.arange(first, length, device=self.device) % max(self.capacity, 1)
-            key, value = key.index_select(2, order), value.index_select(2, order)
+            if linear:
+                x = x[:, :, x.shape[2] - count :]
+            else:
+                order = torch.arange(first, length, device=self.device) % max(self.capacity, 1)
+                x = x.index_select(2, order)
         if not (self.sink_tokens or self.recent_tokens):
-            return key, value
+            return x
         positions = torch.arange(first, first + count, device=self.device)
         end = self.lengths[:, None] if self.static else self.length
         ends = self.sink_tokens, end - self.recent_tokens, end
-        return (
-            with_exact(key, self.k_sink, self.k_recent, positions, ends),
-            with_exact(value, self.v_sink, self.v_recent, positions, ends),
-        )
-
-    def _dequantize(
-        self,
-        packed: Packed,
-        fmt: KVFormat,
-        signs: torch.Tensor | None,
-        mean: torch.Tensor | None,
-    ) -> torch.Tensor:
-        return ops.dequantize(packed, fmt, signs=signs, mean=mean, dtype=self.dtype)
+        windows = getattr(self, f"{side}_sink"), getattr(self, f"{side}_recent")
+        return with_exact(x, *windows, positions, ends)
 
     def update(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Append, then :meth:`dequantized`: for code that wants dense tensors."""

@@ -11,21 +11,21 @@ or, with the cache in your hands::
     cache = torch_kvq.hf.KVQCache(model.config, "int8", "int4-rot")
     model.generate(**inputs, past_key_values=cache)
 
-Importing this module registers the attention and mask functions ``"kvq"``. A layer's ``update``
-returns a pair of :class:`KVQHandle`; the attention function reads the packed cache through them.
-Models whose code computes on the returned keys and values (multi-head latent attention) and
-encoder-decoder models are refused.
+Importing this module registers the attention and mask functions ``"kvq"``, which read the packed
+cache; with ``"sdpa"`` the same cache works too, through a tensor subclass (see
+:mod:`torch_kvq.hf_carriers`). Models whose code computes on the returned keys and values
+(multi-head latent attention) and encoder-decoder models are refused.
 """
 
 from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.cache_utils import (
     DYNAMIC_LAYER_TYPE_MAPPING,
     STATIC_LAYER_TYPE_MAPPING,
@@ -33,191 +33,24 @@ from transformers.cache_utils import (
     CacheLayerMixin,
     get_layer_types_and_kwargs,
 )
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import causal_mask_function, sdpa_mask
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from torch_kvq import ops, serialization
-from torch_kvq.cache import QuantizedKVCache
+from torch_kvq import serialization
+from torch_kvq.cache import QuantizedKVCache, makes_ring
 from torch_kvq.formats import GROUP_SIZES, KVFormat
-from torch_kvq.ops import Format, Packed
-from torch_kvq.storage import KVView
+from torch_kvq.hf_attention import NAME
+from torch_kvq.hf_carriers import KVQHandle, KVQTensor
+from torch_kvq.ops import Format
 
-NAME = "kvq"
 #: Good answers at 6.5 bits; models with a large key bias break with 4-bit keys.
 DEFAULT_K_FORMAT = "int8"
 DEFAULT_V_FORMAT = "int4-rot"
+#: What generate() and forward() call the cache: transformers 5.24 renamed it.
+CACHE_ARGUMENT = (
+    "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+)
+CARRIERS = ("auto", "handle", "tensor")
 _QUANTIZED_LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
-
-
-class _Refused(TypeError, AttributeError):
-    """Also an AttributeError: torch.compile asks objects for attributes that they lack."""
-
-
-class KVQHandle:
-    """Stands for a layer's keys or values between the cache and the attention function.
-
-    Not a tensor: code that computes on it, instead of passing it to attention, gets a TypeError.
-    """
-
-    __slots__ = ("cache", "side", "view")
-
-    def __init__(self, cache: QuantizedKVCache, view: KVView, side: str) -> None:
-        self.cache, self.view, self.side = cache, view, side
-
-    @property
-    def shape(self) -> torch.Size:
-        packed = self.view.keys if self.side == "k" else self.view.values
-        size = self.cache.head_dim if self.side == "k" else self.cache.value_dim
-        return torch.Size((*packed.codes.shape[:3], size))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.cache.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.cache.device
-
-    def _refuse(self, *args: object, **kwargs: object) -> Any:
-        raise _Refused(
-            "[kvq.hf] the keys and values of a KVQCache are packed and only its own attention "
-            'reads them: load the model with attn_implementation="kvq", or call '
-            'model.set_attn_implementation("kvq")'
-        )
-
-    __getitem__ = __getattr__ = __add__ = __mul__ = __matmul__ = _refuse
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
-        return cls._refuse(cls)  # type: ignore[arg-type]
-
-
-def attention_forward(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor | KVQHandle,
-    value: torch.Tensor | KVQHandle,
-    attention_mask: torch.Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    is_causal: bool | None = None,
-    softcap: float | None = None,
-    sliding_window: int | None = None,
-    s_aux: torch.Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """The attention function registered as ``"kvq"``: packed caches, and plain tensors too."""
-    if kwargs.get("position_bias") is not None:
-        raise ValueError("[kvq.hf] attention with a position_bias is not supported")
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    # A mask that arrives already holds causality and the window (and may lift them).
-    causal = causal and attention_mask is None
-    options: dict[str, Any] = {
-        "mask": attention_mask,
-        "sinks": s_aux,
-        "scale": scaling,
-        "softcap": softcap or 0.0,
-        "causal": causal,
-        "window": 0,
-    }
-    if isinstance(key, KVQHandle):
-        options["window"] = key.cache.window if causal else 0
-        out = key.cache.attend(query, key.view, **options)
-        assert isinstance(out, torch.Tensor)
-        return out.transpose(1, 2).contiguous(), None
-    assert isinstance(value, torch.Tensor)
-    if causal and attention_mask is None and sliding_window:
-        options["window"] = sliding_window
-    if softcap or s_aux is not None:
-        empty = key.new_empty(*key.shape[:3], 0)
-        dense = (Packed(key, empty, empty), Packed(value, empty, empty))
-        out, _ = ops.attention(query, *dense, key.shape[2], "none", "none", **options)
-        return out.transpose(1, 2).contiguous(), None
-    if causal and attention_mask is None:
-        attention_mask = _dense_causal_mask(query, key, options["window"])
-    return sdpa_attention_forward(
-        module,
-        query,
-        key,
-        value,
-        attention_mask,
-        dropout=dropout,
-        scaling=scaling,
-        is_causal=is_causal,
-        **kwargs,
-    )
-
-
-def _dense_causal_mask(query: torch.Tensor, key: torch.Tensor, window: int) -> torch.Tensor | None:
-    """For sdpa, whose own is_causal is upper left and knows no window; None where that is right."""
-    queries, length = query.shape[2], key.shape[2]
-    if not (window and window < length) and queries in (1, length):
-        return None
-    position = torch.arange(length, device=query.device)
-    distance = position[length - queries :, None] - position
-    mask = distance >= 0
-    if window:
-        mask = mask & (distance < window)
-    return mask[None, None]
-
-
-def mask_function(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int | torch.Tensor = 0,
-    kv_offset: int | torch.Tensor = 0,
-    mask_function: Callable = causal_mask_function,
-    attention_mask: torch.Tensor | None = None,
-    local_size: int | None = None,
-    allow_is_causal_skip: bool = True,
-    **kwargs: Any,
-) -> torch.Tensor | None:
-    """The mask function registered as ``"kvq"``.
-
-    None wherever the kernel applies causality and the window itself; a bool mask for padding,
-    chunked attention and custom patterns.
-    """
-    if allow_is_causal_skip and _nothing_padded(attention_mask, q_length):
-        if local_size is None or _is_sliding(mask_function, local_size):
-            return None
-    return sdpa_mask(
-        batch_size=batch_size,
-        q_length=q_length,
-        kv_length=kv_length,
-        q_offset=q_offset,  # type: ignore[arg-type]
-        kv_offset=kv_offset,  # type: ignore[arg-type]
-        mask_function=mask_function,
-        attention_mask=attention_mask,
-        local_size=local_size,
-        allow_is_causal_skip=False,
-        **kwargs,
-    )
-
-
-def _nothing_padded(attention_mask: torch.Tensor | None, q_length: int) -> bool:
-    if attention_mask is None:
-        return True
-    if torch.compiler.is_compiling():
-        return False
-    # Reading a device tensor waits for the device: worth it for a prefill, not for every step.
-    if attention_mask.device.type != "cpu" and q_length == 1:
-        return False
-    return bool(attention_mask.all())
-
-
-def _is_sliding(pattern: Callable, size: int) -> bool:
-    """A sliding window of this size, not a chunked pattern: ask for its two edges."""
-    query = 4 * size  # the first position of a chunk
-    inside = pattern(0, 0, torch.tensor(query), torch.tensor(query - size + 1))
-    outside = pattern(0, 0, torch.tensor(query), torch.tensor(query - size))
-    return bool(inside) and not bool(outside)
-
-
-AttentionInterface.register(NAME, attention_forward)
-AttentionMaskInterface.register(NAME, mask_function)
 
 
 class KVQLayer(CacheLayerMixin):
@@ -232,15 +65,22 @@ class KVQLayer(CacheLayerMixin):
         *,
         sliding_window: int | None = None,
         max_cache_len: int | None = None,
+        carrier: str = "handle",
+        config: PreTrainedConfig | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
         self.k_format, self.v_format, self.options = k_format, v_format, options
+        self.carrier, self.config = carrier, config
         self.window = sliding_window or 0
         self.is_sliding = self.window > 0
         self.max_cache_len = max_cache_len
         self.is_compileable = max_cache_len is not None
         self.cache: QuantizedKVCache | None = None
+        #: known before there is a cache: the first mask is asked for then
+        self.is_ring = makes_ring(self.window, max_cache_len)
+        #: tokens that every layer of the cache takes: no ring may run ahead of a full layer
+        self.bound: int | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -259,6 +99,8 @@ class KVQLayer(CacheLayerMixin):
             device=self.device,
             **self.options,
         )
+        if self.bound is not None:
+            self.cache.max_length = self.bound
         if self.is_compileable and not torch.compiler.is_compiling():
             for buffer in self.cache.buffers():
                 torch._dynamo.mark_static_address(buffer)
@@ -266,12 +108,19 @@ class KVQLayer(CacheLayerMixin):
 
     def update(  # type: ignore[override]
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[KVQHandle, KVQHandle]:
+    ) -> tuple[KVQHandle, KVQHandle] | tuple[KVQTensor, KVQTensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.cache is not None
+        rows, _ = self.get_mask_sizes(key_states.shape[2])
         view = self.cache.append(key_states, value_states)
-        return KVQHandle(self.cache, view, "k"), KVQHandle(self.cache, view, "v")
+        keys, values = (KVQHandle(self.cache, view, side, rows) for side in "kv")
+        return (KVQTensor(keys), KVQTensor(values)) if self._wants_tensors() else (keys, values)
+
+    def _wants_tensors(self) -> bool:
+        if self.carrier != "auto" or self.config is None:
+            return self.carrier == "tensor"
+        return self.config._attn_implementation != NAME
 
     def get_seq_length(self) -> int | torch.Tensor:  # type: ignore[override]
         if self.cache is None:
@@ -280,13 +129,25 @@ class KVQLayer(CacheLayerMixin):
         return self.cache.lengths.max() if self.cache.static else self.cache.length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        if self.max_cache_len is not None and not (self.cache and self.cache.ring):
+        if self.max_cache_len is not None and not self.is_ring:
             return self.max_cache_len, 0
+        if self.max_cache_len is not None and torch.compiler.is_compiling():
+            return self._static_ring_mask_sizes(query_length)
         length = self.cache.length if self.cache is not None else 0
         if not self.is_sliding:
             return length + query_length, 0
         kept = min(length, self.window - 1)
         return kept + query_length, length - kept
+
+    def _static_ring_mask_sizes(self, query_length: int) -> tuple[int, Any]:
+        """Without the length on the host: always the whole window before the queries."""
+        assert self.cache is not None
+        offset = self.cache.lengths.max() - (self.window - 1)
+        if query_length <= self.cache.ring_chunk:
+            # The op counts a mask's columns from position 0 while there are more of them than
+            # tokens; a chunk that overflows the ring has its own view, with room in front.
+            offset = offset.clamp_min(0)
+        return self.window - 1 + query_length, offset
 
     def get_max_length(self) -> int:
         if self.is_sliding:
@@ -338,7 +199,8 @@ class KVQLayer(CacheLayerMixin):
 class KVQCache(Cache):
     """A transformers Cache whose attention layers hold a :class:`QuantizedKVCache` each.
 
-    Use it with ``attn_implementation="kvq"``. Sliding layers of the config get a ring.
+    Works with ``attn_implementation="kvq"`` and ``"sdpa"``, which read the packed cache, and with
+    ``"eager"``, for which it is dequantised at every step. Sliding layers of the config get a ring.
 
     Args:
         config: the model's config.
@@ -346,12 +208,17 @@ class KVQCache(Cache):
             without a group takes the largest of 64, 32 and 128 that divides the head size.
         max_cache_len: static capacity in tokens, for torch.compile; the cache grows without it.
         skip_layers: layers kept in the model's dtype, negative numbers counting from the end.
-        layer_formats: {layer: (k_format, v_format)}, overriding the defaults.
+        layer_formats: {layer: (k_format, v_format)}, overriding the defaults; negative numbers
+            count from the end.
+        carrier: what ``update`` returns: a ``"handle"``, which only ``"kvq"`` attention takes and
+            anything else refuses, or a ``"tensor"``, which any attention takes; ``"auto"`` follows
+            the model's attention implementation.
         options: passed to every :class:`QuantizedKVCache`: sink_tokens, recent_tokens,
             rollback_tokens, scale_dtype, ...
 
     Raises:
         ValueError: encoder-decoder models and multi-head latent attention.
+        IndexError: a layer that the model does not have.
     """
 
     def __init__(
@@ -363,8 +230,11 @@ class KVQCache(Cache):
         max_cache_len: int | None = None,
         skip_layers: Sequence[int] = (),
         layer_formats: Mapping[int, tuple[Format, Format]] | None = None,
+        carrier: str = "auto",
         **options: Any,
     ) -> None:
+        if carrier not in CARRIERS:
+            raise ValueError(f"[kvq.hf] carrier must be one of {CARRIERS}, got {carrier!r}")
         if k_format is None:
             k_format, v_format = DEFAULT_K_FORMAT, v_format or DEFAULT_V_FORMAT
         v_format = k_format if v_format is None else v_format
@@ -377,7 +247,13 @@ class KVQCache(Cache):
                 "compressed states instead of keys and values: not supported"
             )
         types, arguments = get_layer_types_and_kwargs(config)
+        for layer in (*skip_layers, *(layer_formats or {})):
+            if not -len(types) <= layer < len(types):
+                raise IndexError(
+                    f"[kvq.hf] layer {layer} is not one of the model's {len(types)} layers"
+                )
         skipped = {layer % len(types) for layer in skip_layers}
+        chosen = {layer % len(types): pair for layer, pair in (layer_formats or {}).items()}
         others = DYNAMIC_LAYER_TYPE_MAPPING if max_cache_len is None else STATIC_LAYER_TYPE_MAPPING
         static: dict[str, Any] = {}
         if max_cache_len is not None:
@@ -387,15 +263,17 @@ class KVQCache(Cache):
             if kind not in _QUANTIZED_LAYER_TYPES:
                 layers.append(others[kind](**static, **extra))
                 continue
-            formats = (layer_formats or {}).get(index, (k_format, v_format))
+            formats = chosen.get(index, (k_format, v_format))
             if index in skipped:
                 formats = ("none", "none")
-            arguments_here = {**options, **extra, **static}
+            arguments_here = {**options, **extra, **static, "carrier": carrier, "config": config}
             if extra.get("sliding_window"):
                 arguments_here.pop("sink_tokens", None)  # they leave the window anyway
             layers.append(KVQLayer(formats[0], formats[1], **arguments_here))
         super().__init__(layers=layers)
         self.config = config
+        for quantized in self.quantized_layers:
+            quantized.bound = self.max_cache_len
 
     def save(self, path: str | os.PathLike) -> None:
         """Write every layer's tokens to one safetensors file, atomically; see
@@ -425,6 +303,16 @@ class KVQCache(Cache):
     def nbytes(self) -> int:
         """Bytes that the quantised layers have allocated."""
         return sum(layer.cache.nbytes for layer in self.quantized_layers if layer.cache is not None)
+
+    @property
+    def max_cache_len(self) -> int | None:
+        """Tokens that fit; None without a bound (growing layers, rings)."""
+        bounds = [
+            layer.max_cache_len
+            for layer in self.quantized_layers
+            if layer.max_cache_len is not None and not layer.is_ring
+        ]
+        return min(bounds, default=None)
 
     @property
     def quantized_layers(self) -> list[KVQLayer]:
@@ -462,9 +350,35 @@ def use(
     def with_cache(*args: Any, **kwargs: Any) -> Any:
         # Some checkpoints ship use_cache=False, under which generate() would feed a cache the
         # whole sequence at every step.
-        if kwargs.setdefault("use_cache", True) and kwargs.get("past_key_values") is None:
-            kwargs["past_key_values"] = KVQCache(model.config, k_format, v_format, **options)
+        given = kwargs.get(CACHE_ARGUMENT, kwargs.get("past_key_values"))
+        if kwargs.setdefault("use_cache", True) and given is None:
+            kwargs.pop("past_key_values", None)
+            given = KVQCache(model.config, k_format, v_format, **options)
+            kwargs[CACHE_ARGUMENT] = given
+        if isinstance(given, KVQCache):
+            _check_capacity(model, given, args, kwargs)
         return generate(model, *args, **kwargs)
 
     model.generate = with_cache
     return model
+
+
+def _check_capacity(model: Any, cache: KVQCache, args: tuple, kwargs: dict) -> None:
+    """Refuse a generation that the cache could not finish, before its first token."""
+    inputs = next(
+        (kwargs[name] for name in ("inputs_embeds", "input_ids", "inputs") if name in kwargs),
+        args[0] if args else None,
+    )
+    if cache.max_cache_len is None or inputs is None:
+        return
+    length = inputs.shape[1]
+    config = kwargs.get("generation_config") or model.generation_config
+    new = kwargs.get("max_new_tokens", config.max_new_tokens)
+    if new is None:
+        total = kwargs.get("max_length", config.max_length)
+        new = None if total is None else total - length
+    if new is not None and length + new - 1 > cache.max_cache_len:  # the last token stays outside
+        raise ValueError(
+            f"[kvq.hf] {length} tokens + max_new_tokens {new} need a cache of {length + new - 1}, "
+            f"max_cache_len is {cache.max_cache_len}"
+        )

@@ -63,8 +63,8 @@ def describe(cache: QuantizedKVCache) -> dict[str, Any]:
     arguments = {name: getattr(cache, name) for name in (*_SIZES, *_WINDOWS, *_ENCODING)}
     arguments |= {"k_format": str(cache.k_format), "v_format": str(cache.v_format)}
     arguments |= {"dtype": _name(cache.dtype), "scale_dtype": _name(cache.scale_dtype)}
-    # A ring's storage is not its capacity; any capacity above it makes the same ring.
-    capacity = cache.limit + int(cache.ring) if cache.static and cache.limit is not None else None
+    # Of a ring, what it holds: a capacity of that makes the same ring.
+    capacity = cache.limit if cache.static else None
     return {
         "arguments": {**arguments, "capacity": capacity},
         "means": [side for side in "kv" if getattr(cache, f"{side}_mean") is not None],
@@ -245,8 +245,11 @@ def _load_layer(
         about["v_format"],
         sliding_window=about["sliding_window"],
         max_cache_len=about["max_cache_len"],
+        carrier=made.carrier,
+        config=made.config,
         **options,
     )
+    layer.bound = made.bound
     description = about["cache"]
     if description is not None:
         sizes, dtype = description["arguments"], _dtype(description["arguments"]["dtype"])
