@@ -1,0 +1,232 @@
+"""Peak memory of a prefill and a few decode steps, with this package's caches and transformers'.
+
+    python benchmarks/memory.py [--tokens 1024 ... 32768] [--caches ...] [--plot-only]
+
+A Llama of a few small random weights whose cache is that of a real model: 8 layers, 4 KV heads,
+head size 128, bfloat16, 16 KiB a token. Every point is a process of its own: it loads the model,
+runs a short prompt through the same kind of cache, hands free memory back, notes its resident
+bytes, and then reads the peak of its resident bytes after the whole prompt in one forward pass and
+``NEW_TOKENS`` steps. What is reported is the difference of the two: the cache and everything that
+lived for a moment beside it. Linux only: the peak is reset through /proc/self/clear_refs.
+
+Writes results/memory.json and results/memory.svg. Fails if a cache of this package needs more than
+the smaller of the dense ones at any length.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parent / "results" / "memory.json"
+TOKENS = (1024, 2048, 4096, 8192, 16384, 32768)
+NEW_TOKENS = 16
+WARM_UP = 64
+MODEL = dict(
+    vocab_size=256, hidden_size=256, intermediate_size=256, num_hidden_layers=8,
+    num_attention_heads=4, num_key_value_heads=4, head_dim=128, max_position_embeddings=65536,
+    bos_token_id=1, eos_token_id=None, pad_token_id=0,
+)  # fmt: skip
+DENSE = ("DynamicCache", "StaticCache")
+#: Of this package, growing and static; then transformers' own.
+OURS = {
+    "int8/int4-rot": ("int8", "int4-rot"),
+    "int8": ("int8", "int8"),
+    "int4-rot": ("int4-rot", "int4-rot"),
+}
+CACHES = (
+    *DENSE,
+    "QuantizedCache (quanto, 4 bits)",
+    *OURS,
+    *(f"{name}, static" for name in OURS),
+)
+
+
+def make_cache(name: str, config: Any, length: int) -> Any:
+    """The cache of this name for ``length`` tokens."""
+    from transformers import DynamicCache, QuantizedCache, StaticCache
+
+    from torch_kvq.hf import KVQCache
+
+    if name == "DynamicCache":
+        return DynamicCache(config=config)
+    if name == "StaticCache":
+        return StaticCache(config=config, max_cache_len=length)
+    if name.startswith("QuantizedCache"):
+        return QuantizedCache("quanto", config, nbits=4)
+    kind, _, static = name.partition(", ")
+    return KVQCache(config, *OURS[kind], max_cache_len=length if static else None)
+
+
+def cache_bytes(cache: Any) -> int | None:
+    """Bytes that the cache itself holds, where it can be asked."""
+    if hasattr(cache, "nbytes"):
+        return cache.nbytes
+    layers = [layer for layer in cache.layers if not hasattr(layer, "_quantized_keys")]
+    if len(layers) < len(cache.layers):
+        return None
+    return sum(t.untyped_storage().nbytes() for layer in layers for t in (layer.keys, layer.values))
+
+
+def resident(field: str) -> int:
+    """VmRSS, what is resident now, or VmHWM, the most since the last reset; bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"no {field} in /proc/self/status")
+
+
+def run(model: Any, cache: Any, tokens: int) -> None:
+    """A prompt of ``tokens`` tokens in one pass, and NEW_TOKENS greedy steps."""
+    import torch
+
+    ids = torch.randint(2, 250, (1, tokens), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for _ in range(NEW_TOKENS + 1):
+            out = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            ids = out.logits[:, -1:].argmax(-1)
+            del out
+
+
+def measure(name: str, tokens: int) -> dict[str, Any]:
+    """One point, in this process."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    import torch_kvq.hf  # noqa: F401  (registers "kvq")
+
+    torch.manual_seed(0)
+    ours = name.partition(", ")[0] in OURS
+    config = LlamaConfig(**MODEL, attn_implementation="kvq" if ours else "sdpa")
+    model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    run(model, make_cache(name, config, WARM_UP + NEW_TOKENS), WARM_UP)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    base, start = resident("VmRSS"), time.perf_counter()
+    cache = make_cache(name, config, tokens + NEW_TOKENS)
+    run(model, cache, tokens)
+    return {
+        "cache": name,
+        "tokens": tokens,
+        "peak_bytes": resident("VmHWM") - base,
+        "cache_bytes": cache_bytes(cache),
+        "seconds": round(time.perf_counter() - start, 2),
+    }
+
+
+def point(name: str, tokens: int) -> dict[str, Any]:
+    """One point, in a process of its own."""
+    command = [sys.executable, __file__, "--point", name, str(tokens)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ})
+    if done.returncode:
+        raise SystemExit(f"{name} at {tokens} tokens failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def above_dense(points: list[dict[str, Any]]) -> list[str]:
+    """Where a cache of this package needs more than the smaller dense one."""
+    found = []
+    peaks = {(p["cache"], p["tokens"]): p["peak_bytes"] for p in points}
+    for (name, tokens), peak in peaks.items():
+        if name.partition(", ")[0] not in OURS:
+            continue
+        dense = min(peaks.get((kind, tokens), float("inf")) for kind in DENSE)
+        if peak > dense:
+            found.append(f"{name} at {tokens} tokens: {peak / 2**20:.1f} MiB, dense {dense / 2**20:.1f}")
+    return found
+
+
+def table(points: list[dict[str, Any]], show: Callable[[dict[str, Any]], str]) -> str:
+    """A row per cache, a column per length."""
+    lengths = sorted({p["tokens"] for p in points})
+    cells = {(p["cache"], p["tokens"]): show(p) for p in points}
+    names = [name for name in CACHES if any(p["cache"] == name for p in points)]
+    width = max(map(len, names))
+    lines = [" " * width + "".join(f"{n:>10,}" for n in lengths)]
+    lines += [
+        name.ljust(width) + "".join(f"{cells.get((name, n), ''):>10}" for n in lengths)
+        for name in names
+    ]
+    return "\n".join(lines)
+
+
+def plot(found: dict[str, Any], path: Path) -> None:
+    """Peak bytes against length, both logarithmic."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams.update({"svg.hashsalt": "kvq", "font.size": 9})
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6.4, 4.2), layout="constrained")
+    for name in CACHES:
+        points = sorted((p["tokens"], p["peak_bytes"]) for p in found["points"] if p["cache"] == name)
+        if not points or name.endswith(", static"):
+            continue
+        style = {"linestyle": "--"} if name in DENSE else {}
+        if name.startswith("QuantizedCache"):
+            style = {"linestyle": ":"}
+        x, y = zip(*points, strict=True)
+        axes.plot(x, [v / 2**20 for v in y], marker="o", markersize=3, label=name, **style)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    lengths = sorted({p["tokens"] for p in found["points"]})
+    axes.set_xticks(lengths, [f"{n // 1024}k" for n in lengths])
+    ticks = [2**i for i in range(4, 12)]
+    axes.set_yticks(ticks, [str(t) for t in ticks])
+    axes.set_xlabel("tokens of the prompt")
+    axes.set_ylabel("peak memory of prefill and decode, MiB")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(path, metadata={"Date": None})
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
+    parser.add_argument("--caches", nargs="+", default=CACHES, choices=CACHES, metavar="CACHE")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--plot-only", action="store_true", help="draw the picture again")
+    parser.add_argument("--point", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.point:
+        print(json.dumps(measure(args.point[0], int(args.point[1]))))
+        return 0
+    if not args.plot_only:
+        import torch
+        import transformers
+
+        points = []
+        for tokens in args.tokens:
+            for name in args.caches:
+                points.append(point(name, tokens))
+                print(f"{name}, {tokens:,}: {points[-1]['peak_bytes'] / 2**20:.1f} MiB", flush=True)
+        found = {
+            "model": MODEL,
+            "new_tokens": NEW_TOKENS,
+            "dtype": "bfloat16",
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "points": points,
+        }
+        args.output.write_text(json.dumps(found, indent=1) + "\n")
+    found = json.loads(args.output.read_text())
+    plot(found, args.output.with_suffix(".svg"))
+    print("peak MiB\n" + table(found["points"], lambda p: f"{p['peak_bytes'] / 2**20:.1f}"))
+    problems = above_dense(found["points"])
+    print("\n".join(["above the dense caches:", *problems]) if problems else "never above dense")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
