@@ -13,7 +13,7 @@ TORCH ?= torch==2.13.0
 WORKERS ?= 2
 TESTS ?= tests
 # What runs on MPS: the ops, the cache and transformers once more, and the software device's own.
-MPS_TESTS ?= tests/softmetal $(filter-out %/test_packaging.py %/test_cli.py,$(wildcard tests/test_*.py))
+MPS_TESTS ?= tests/softmetal $(filter-out %/test_packaging.py %/test_cli.py %/test_docs.py %/test_memory.py,$(wildcard tests/test_*.py))
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 

@@ -41,6 +41,7 @@ from torch_kvq.formats import GROUP_SIZES, KVFormat
 from torch_kvq.hf_attention import NAME
 from torch_kvq.hf_carriers import KVQHandle, KVQTensor
 from torch_kvq.ops import Format
+from torch_kvq.storage import nbytes
 
 #: Good answers at 6.5 bits; models with a large key bias break with 4-bit keys.
 DEFAULT_K_FORMAT = "int8"
@@ -301,8 +302,10 @@ class KVQCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the quantised layers have allocated."""
-        return sum(layer.cache.nbytes for layer in self.quantized_layers if layer.cache is not None)
+        """Bytes that the layers have allocated, transformers' own included."""
+        others = [vars(layer) for layer in self.layers if not isinstance(layer, KVQLayer)]
+        caches = [layer.cache for layer in self.quantized_layers if layer.cache is not None]
+        return sum(cache.nbytes for cache in caches) + nbytes(others)
 
     @property
     def max_cache_len(self) -> int | None:

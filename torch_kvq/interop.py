@@ -307,13 +307,19 @@ def _fill_layer(
 ) -> Any:
     """The layer that holds what mlx-lm's layer held."""
     offset = parts["offset"]
-    common = {"sliding_window": layer.window, "max_cache_len": layer.max_cache_len}
+    common: dict[str, Any] = {
+        "sliding_window": layer.window,
+        "max_cache_len": layer.max_cache_len,
+        "carrier": layer.carrier,
+        "config": layer.config,
+    }
     try:
         if kind == "KVCache":
             key, value = (parts[side][:, :, :offset].to(device) for side in "kv")
             if key.shape[2] != offset or value.shape[:3] != key.shape[:3]:
                 raise ValueError(f"K is {list(key.shape)}, V {list(value.shape)}")
             made = type(layer)(layer.k_format, layer.v_format, **common)
+            made.bound = layer.bound
             made.lazy_initialization(key, value)
             made.cache.append(key, value)
             return made
@@ -322,6 +328,7 @@ def _fill_layer(
             numbers = {"bits": parts["bits"], "group_size": parts["group_size"]}
             sides[side], fmt = from_mlx(*parts[side], **numbers)
         made = type(layer)(fmt, fmt, **common, scale_dtype=dtype)
+        made.bound = layer.bound
         lead = (*sides["k"].codes.shape[:2], 0)
         key, value = (
             torch.empty(*lead, fmt.head_dim(s.codes.shape[3]), dtype=dtype, device=device)

@@ -29,6 +29,24 @@ class KVView:
     start: torch.Tensor | None = None
 
 
+def nbytes(*values: object) -> int:
+    """Bytes of the storages of tensors, and of those in lists, tuples and dicts; each once."""
+    found: dict[int, int] = {}
+
+    def look(value: object) -> None:
+        if isinstance(value, torch.Tensor):
+            storage = value.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(value, dict):
+            look(list(value.values()))
+        elif isinstance(value, list | tuple):
+            for item in value:
+                look(item)
+
+    look(values)
+    return sum(found.values())
+
+
 def grow(buffer: torch.Tensor, capacity: int) -> torch.Tensor:
     """A copy of buffer [B, G, S, row] with room for ``capacity`` tokens."""
     grown = buffer.new_zeros(*buffer.shape[:2], capacity, buffer.shape[3])

@@ -1,0 +1,78 @@
+"""nbytes is what is allocated, and what is allocated stays below a dense cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from tests.test_cache import KINDS, make, tokens
+from torch_kvq import QuantizedKVCache
+
+
+def allocated(fn: Callable[[], object]) -> tuple[int, object]:
+    """Bytes that a call allocates on the CPU and does not free, and what it returns."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        kept = fn()
+    return sum(event.self_cpu_memory_usage for event in profile.key_averages()), kept
+
+
+@pytest.mark.parametrize(
+    "k_format,v_format", [("int8", "int4-rot"), ("tq3", "q4_0"), ("none",) * 2]
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_nbytes_is_what_is_allocated(kind, k_format, v_format):
+    """After a prompt, a chunk and steps that make it grow; the allocator is asked."""
+    key, value = tokens(90), tokens(90, 1)
+
+    def fill() -> QuantizedKVCache:
+        options = {**KINDS[kind], **({"capacity": 96} if "capacity" in KINDS[kind] else {})}
+        cache = make("cpu", k_format=k_format, v_format=v_format, dtype=torch.float32, **options)
+        for start, end in ((0, 30), (30, 37), *((i, i + 1) for i in range(37, 90))):
+            cache.append(key[:, :, start:end], value[:, :, start:end])
+        return cache
+
+    net, cache = allocated(fill)
+    assert isinstance(cache, QuantizedKVCache) and cache.length == 90
+    assert cache.nbytes == net
+    storages = {b.untyped_storage().data_ptr(): b.untyped_storage() for b in cache.buffers()}
+    assert cache.nbytes == sum(storage.nbytes() for storage in storages.values())
+
+
+@pytest.mark.parametrize("max_cache_len", [None, 64])
+def test_nbytes_of_a_model_cache(max_cache_len):
+    """Full, sliding, exact and transformers' own layers."""
+    pytest.importorskip("transformers", reason="the hf extra is not installed")
+    from tests.test_serialization_hf import build, generate, prompt
+    from torch_kvq.hf import KVQCache, KVQLayer
+
+    for name in ("gemma2", "qwen3_next") if max_cache_len is None else ("gemma2",):
+        model = build(name, "cpu")
+        cache = KVQCache(model.config, "int8", skip_layers=[0], max_cache_len=max_cache_len)
+        empty = cache.nbytes
+        generate(model, prompt(model), cache)
+        total = 0
+        for layer in cache.layers:
+            held = layer.cache.buffers() if isinstance(layer, KVQLayer) else []
+            if not isinstance(layer, KVQLayer):
+                states = (layer.conv_states, layer.recurrent_states)
+                held = [t for s in states for t in (s.values() if isinstance(s, dict) else s)]
+            total += sum(t.untyped_storage().nbytes() for t in held)
+        assert cache.nbytes == total > empty
+
+
+def test_a_growing_cache_stays_below_a_dense_one():
+    """Step by step at 6.5 bits of bfloat16's 16: from 70 tokens on, with the slack of growth."""
+    cache = QuantizedKVCache(1, 8, 128, k_format="int8", v_format="int4-rot", dtype=torch.bfloat16)
+    key = torch.zeros(1, 8, 1, 128, dtype=torch.bfloat16)
+    copied = 0
+    for length in range(1, 2049):
+        before = cache.capacity
+        cache.append(key, key)
+        copied += before if cache.capacity != before else 0
+        dense = 2 * 8 * 128 * 2 * length
+        assert length < 70 or cache.nbytes < dense
+        assert length < 1024 or cache.nbytes < 0.5 * dense
+    assert copied < 10 * 2048  # linear in the length
