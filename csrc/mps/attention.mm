@@ -11,20 +11,12 @@
 #include "../shared/attention_params.h"
 #include "attention_library.h"
 #include "rows.h"
+#include "tuning.h"
 
 namespace kvq::mps {
 namespace {
 
 constexpr const char* kOp = "attention";
-
-/// Choices that tuning may change. None changes what is computed, but for the order of sums.
-struct Tuning {
-  int64_t decode_rows = 16;    ///< (query, head) rows per KV head up to which decode is used
-  int64_t tile_rows = 8;       ///< most rows of a decode threadgroup: 1, 2, 4 or 8
-  int64_t threadgroups = 256;  ///< threadgroups to aim for when splitting
-  int64_t split_tokens = 256;  ///< least tokens of a split
-};
-constexpr Tuning kTuning;
 
 /// Beyond this head size the prefill kernel's tiles do not fit, nor eight rows of decode.
 constexpr int64_t kPrefillDim = 256;
@@ -101,14 +93,17 @@ void set_mask(KvqAttentionParams& p, const AttentionCall& call) {
                                                    : KVQ_MASK_BFLOAT16;
 }
 
-AttentionKernel choose_kernel(const AttentionCall& call, const AttentionSides& sides,
-                              int64_t rows) {
+AttentionKernel choose_kernel(const AttentionCall& call, const AttentionSides& sides, int64_t rows,
+                              const AttentionTuning& tuned) {
   const int64_t dim = sides.k.head_dim, value_dim = sides.v.head_dim;
   const int64_t widest = std::max(dim, value_dim);
   const bool tiles = widest <= kPrefillDim && dim % 8 == 0 && value_dim % 8 == 0;
-  const int64_t most = widest <= kWideDim ? kTuning.tile_rows : kTuning.tile_rows / 2;
+  // Where the prefill kernel is wanted but its tiles do not fit, the widest that decode has.
+  const int64_t wanted = tuned.tile == 0 ? KVQ_DECODE_ROWS : tuned.tile;
+  const int64_t most =
+      std::min<int64_t>(wanted, widest <= kWideDim ? KVQ_DECODE_ROWS : KVQ_DECODE_ROWS / 2);
   const auto tile = std::min<int64_t>(most, std::bit_ceil(static_cast<uint64_t>(rows)));
-  return {tiles && rows > kTuning.decode_rows,
+  return {tiles && tuned.tile == 0,
           float_dtype(kOp, "query", call.query.scalar_type()),
           attention_format(call.k, call.k_format),
           attention_format(call.v, call.v_format),
@@ -168,13 +163,15 @@ std::tuple<at::Tensor, at::Tensor> run(const AttentionCall& call, const Bound& l
   set_mask(p, call);
 
   const int64_t rows = queries * (heads / groups);
-  const AttentionKernel kernel = choose_kernel(call, sides, rows);
+  const TuningTable table = tuning();
+  const AttentionTuning& tuned = find_tuning(table, rows);
+  const AttentionKernel kernel = choose_kernel(call, sides, rows, tuned);
   const int64_t tile = kernel.prefill ? KVQ_PREFILL_ROWS : kernel.rows;
   const int64_t tiles = (rows + tile - 1) / tile, tasks = tiles * batch * groups;
   int64_t tokens = std::min(known_length.value_or(capacity), capacity);
   if (call.window > 0 && call.window < tokens) tokens = std::min(tokens, call.window + queries);
   p.splits = static_cast<uint32_t>(
-      std::clamp<int64_t>(std::min(kTuning.threadgroups / tasks, tokens / kTuning.split_tokens), 1,
+      std::clamp<int64_t>(std::min(tuned.threadgroups / tasks, tokens / tuned.split_tokens), 1,
                           KVQ_ATTENTION_MAX_SPLITS));
   const at::Tensor partial =
       p.splits > 1 ? at::empty({lse.numel() * p.splits * (sides.v.head_dim + 2)}, lse.options())

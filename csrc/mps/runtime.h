@@ -150,6 +150,8 @@ const Pipeline& pipeline(const std::string& library, const std::string& kernel,
                          const std::vector<Constant>& constants = {},
                          const std::string& instantiation = "");
 
+/// What Metal calls the GPU.
+std::string device_name();
 /// Names of the embedded libraries, for `verify` and for tests.
 std::vector<std::string> library_names();
 /// Names of the kernels that an embedded library holds, instantiations left out; compiles it.

@@ -317,6 +317,12 @@ const Pipeline& pipeline(const std::string& library, const std::string& kernel,
   return Cache::instance().pipeline(library, kernel, constants, instantiation);
 }
 
+std::string device_name() {
+  @autoreleasepool {
+    return to_string([device() name]);
+  }
+}
+
 std::vector<std::string> library_names() {
   std::vector<std::string> names;
   for (const EmbeddedLibrary* entry = kEmbeddedLibraries; entry->name; ++entry) {

@@ -24,6 +24,8 @@ enum KvqMaskKind {
 #define KVQ_ATTENTION_MAX_SPLITS 128
 /// Threads of every attention kernel's threadgroup: four simdgroups.
 #define KVQ_ATTENTION_THREADS 128
+/// Most (query, head) rows that one threadgroup of the decode kernel serves.
+#define KVQ_DECODE_ROWS 8
 /// (query, head) rows that one threadgroup of the prefill kernel serves.
 #define KVQ_PREFILL_ROWS 32
 

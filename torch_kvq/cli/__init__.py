@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from torch_kvq.cli.terminal import CommandError
 
-COMMANDS = ("info", "demo", "verify")
+COMMANDS = ("info", "demo", "verify", "bench")
 
 
 def build_parser() -> argparse.ArgumentParser:
