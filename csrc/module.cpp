@@ -4,6 +4,7 @@
 #include <exception>
 
 #include "cpu/kernels/kernels.h"
+#include "eager.h"
 
 namespace {
 
@@ -26,5 +27,7 @@ PyMethodDef methods[] = {
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
   static PyModuleDef definition{
       PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
-  return PyModule_Create(&definition);
+  PyObject* module = PyModule_Create(&definition);
+  if (module && PyModule_AddFunctions(module, kvq::eager_methods()) < 0) Py_CLEAR(module);
+  return module;
 }

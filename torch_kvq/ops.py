@@ -21,7 +21,9 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
+import torch_kvq._C as _C
 from torch_kvq.codebooks import hadamard_signs
 from torch_kvq.formats import KVFormat
 
@@ -50,16 +52,39 @@ def default_signs(head_dim: int, device: torch.device) -> torch.Tensor:
     return make(head_dim, device=device)
 
 
-def _signs(fmt: KVFormat, given: torch.Tensor | None, like: torch.Tensor, head_dim: int):  # type: ignore[no-untyped-def]
+def _signs(fmt: KVFormat, given: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
+    """``given``, or the default signs of x's head size where the format rotates."""
     if given is not None or not fmt.rotate:
         return given
-    return default_signs(head_dim, like.device)
+    return default_signs(x.shape[-1], x.device)
 
 
-def _overload(op: Any, position: torch.Tensor | int) -> Any:
-    """The overload for this position. Left to torch, an int first fails to parse as a tensor,
-    which costs more than appending a token."""
-    return op.default if isinstance(position, torch.Tensor) else op.int
+def _stored_signs(fmt: KVFormat, given: torch.Tensor | None, packed: Packed) -> torch.Tensor | None:
+    if given is not None or not fmt.rotate:
+        return given
+    codes = packed[0]
+    return default_signs(fmt.head_dim(codes.shape[-1]), codes.device)
+
+
+def _call(
+    op: str,
+    position: torch.Tensor | int,
+    required: tuple[Any, ...],
+    names: tuple[str, ...] = (),
+    options: tuple[Any, ...] = (),
+) -> Any:
+    """An op with two overloads, for a position that is a tensor or an int.
+
+    An eager call goes to the dispatcher by ``_C``: parsing the arguments by their schema, as
+    torch.ops does, costs more than quantising a token. It declines what only torch.ops can parse.
+    """
+    if not is_dynamo_compiling():
+        result = getattr(_C, op)(required, options)
+        if result is not NotImplemented:
+            return result
+    packet = getattr(_kvq, op)
+    overload = packet.default if isinstance(position, torch.Tensor) else packet.int
+    return overload(*required, **dict(zip(names, options, strict=True)))
 
 
 def kv_cache_update_(
@@ -77,7 +102,7 @@ def kv_cache_update_(
     Raises:
         IndexError: a position is negative or position + L exceeds S.
     """
-    _overload(_kvq.kv_cache_update_, position)(cache, src, position)
+    _call("kv_cache_update_", position, (cache, src, position))
     return cache
 
 
@@ -108,7 +133,7 @@ def quantize(
             x,
             fmt.name,
             fmt.group_size,
-            signs=_signs(fmt, signs, x, x.shape[-1]),
+            signs=_signs(fmt, signs, x),
             mean=mean,
             encoder=encoder,
             scale_dtype=scale_dtype,
@@ -135,16 +160,12 @@ def quantize_into_(
         ring: slots are taken modulo S; of more than S tokens only the last S are kept.
     """
     fmt = KVFormat.parse(format)
-    _overload(_kvq.quantize_into_, position)(
-        *packed,
-        x,
+    _call(
+        "quantize_into_",
         position,
-        fmt.name,
-        fmt.group_size,
-        signs=_signs(fmt, signs, x, x.shape[-1]),
-        mean=mean,
-        encoder=encoder,
-        ring=ring,
+        (*packed, x, position, fmt.name, fmt.group_size),
+        ("signs", "mean", "encoder", "ring"),
+        (_signs(fmt, signs, x), mean, encoder, ring),
     )
     return packed
 
@@ -168,24 +189,19 @@ def append_(
 ) -> None:
     """:func:`quantize_into_` of a step's key [B, G, L, D] and value [B, G, L, Dv] in one launch."""
     k, v = KVFormat.parse(k_format), KVFormat.parse(v_format)
-    _overload(_kvq.append_, position)(
-        *keys,
-        *values,
-        key,
-        value,
+    _call(
+        "append_",
         position,
-        k.name,
-        k.group_size,
-        v.name,
-        v.group_size,
-        k_signs=_signs(k, k_signs, key, key.shape[-1]),
-        v_signs=_signs(v, v_signs, value, value.shape[-1]),
-        k_mean=k_mean,
-        v_mean=v_mean,
-        k_encoder=k_encoder,
-        v_encoder=v_encoder,
-        ring=ring,
-    )
+        (
+            *keys, *values, key, value, position,
+            k.name, k.group_size, v.name, v.group_size,
+        ),
+        ("k_signs", "v_signs", "k_mean", "v_mean", "k_encoder", "v_encoder", "ring"),
+        (
+            _signs(k, k_signs, key), _signs(v, v_signs, value), k_mean, v_mean,
+            k_encoder, v_encoder, ring,
+        ),
+    )  # fmt: skip
 
 
 def dequantize(
@@ -208,7 +224,7 @@ def dequantize(
         *packed,
         fmt.name,
         fmt.group_size,
-        signs=_signs(fmt, signs, packed[0], fmt.head_dim(packed[0].shape[-1])),
+        signs=_stored_signs(fmt, signs, packed),
         mean=mean,
         dtype=dtype,
         start=start,
@@ -231,7 +247,7 @@ def qdq(
         x,
         fmt.name,
         fmt.group_size,
-        signs=_signs(fmt, signs, x, x.shape[-1]),
+        signs=_signs(fmt, signs, x),
         mean=mean,
         encoder=encoder,
         scale_dtype=scale_dtype,
@@ -298,29 +314,23 @@ def attention(
         exponentials of a row's scores (and sink). A row that sees nothing gives zeros and -inf.
     """
     k, v = KVFormat.parse(k_format), KVFormat.parse(v_format)
-    return _overload(_kvq.attention, kv_length)(
-        query,
-        *keys,
-        *values,
+    return _call(
+        "attention",
         kv_length,
-        k.name,
-        k.group_size,
-        v.name,
-        v.group_size,
-        kv_start=kv_start,
-        kv_end=kv_end,
-        mask=mask,
-        sinks=sinks,
-        k_signs=_signs(k, k_signs, query, query.shape[-1]),
-        v_signs=_signs(v, v_signs, query, v.head_dim(values[0].shape[-1])),
-        k_mean=k_mean,
-        v_mean=v_mean,
-        scale=scale,
-        softcap=softcap,
-        window=window,
-        causal=causal,
-        ring=ring,
-    )
+        (
+            query, *keys, *values, kv_length,
+            k.name, k.group_size, v.name, v.group_size,
+        ),
+        (
+            "kv_start", "kv_end", "mask", "sinks", "k_signs", "v_signs", "k_mean", "v_mean",
+            "scale", "softcap", "window", "causal", "ring",
+        ),
+        (
+            kv_start, kv_end, mask, sinks, _signs(k, k_signs, query),
+            _stored_signs(v, v_signs, values), k_mean, v_mean,
+            scale, softcap, window, causal, ring,
+        ),
+    )  # fmt: skip
 
 
 def merge_attention(
