@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <array>
 #include <limits>
+#include <vector>
 
 #include "shared/codebooks.h"
 
@@ -107,8 +108,8 @@ void check_positions(const char* op, const char* argument, const at::Tensor& pos
                     device, ", got ", position.device());
 }
 
-void check_capacity(const char* op, const std::vector<int64_t>& positions, int64_t tokens,
-                    int64_t capacity, bool ring) {
+void check_capacity(const char* op, at::IntArrayRef positions, int64_t tokens, int64_t capacity,
+                    bool ring) {
   for (const int64_t position : positions) {
     TORCH_CHECK_INDEX(position >= 0, "[kvq.", op, "] position must not be negative, got ",
                       position);
@@ -125,17 +126,23 @@ namespace {
 /// A tensor's memory as runs of `width` bytes at byte strides. A contiguous last dimension is one
 /// run; dimensions of one element, or expanded ones, have stride 0.
 struct Runs {
-  explicit Runs(const at::Tensor& t) : begin(static_cast<const char*>(t.const_data_ptr())) {
+  explicit Runs(const at::Tensor& t)
+      : tensor(t), begin(static_cast<const char*>(t.const_data_ptr())), empty(t.numel() == 0) {
     const int64_t size = t.element_size();
-    width = t.stride(3) == 1 ? t.size(3) * size : size;
+    const at::IntArrayRef sizes = t.sizes(), steps = t.strides();
+    width = steps[3] == 1 ? sizes[3] * size : size;
     for (int k = 0; k < 4; ++k) {
-      const bool folded = t.size(k) == 1 || (k == 3 && t.stride(k) == 1);
-      strides[k] = folded ? 0 : t.stride(k) * size;
-      counts[k] = strides[k] == 0 ? 1 : t.size(k);
+      const bool folded = sizes[k] == 1 || (k == 3 && steps[k] == 1);
+      strides[k] = folded ? 0 : steps[k] * size;
+      counts[k] = strides[k] == 0 ? 1 : sizes[k];
       last += strides[k] * (counts[k] - 1);
     }
   }
+  const char* end() const { return begin + last + width; }
+
+  const at::Tensor& tensor;
   const char* begin;
+  bool empty;
   int64_t width = 0, last = 0;  ///< bytes of a run; offset of the last run
   std::array<int64_t, 4> strides{}, counts{};
 };
@@ -160,14 +167,12 @@ bool meets(const std::vector<SharedDim>& dims, size_t k, int64_t offset, const R
   return false;
 }
 
-/// Whether two non-empty tensors of rank 4 share a byte: exact for tensors and views of one buffer
+/// Whether two tensors of rank 4 share a byte: exact for tensors and views of one buffer
 /// whose strides agree; where strides cannot be compared, intersecting ranges count as overlap.
-bool overlaps(const at::Tensor& first, const at::Tensor& second) {
-  if (first.numel() == 0 || second.numel() == 0) return false;
+bool overlaps(const Runs& a, const Runs& b) {
+  if (a.empty || b.empty || a.end() <= b.begin || b.end() <= a.begin) return false;
   // Elsewhere than on the CPU a data pointer is a handle, comparable within one storage only.
-  if (!first.is_cpu() && !first.storage().is_alias_of(second.storage())) return false;
-  const Runs a(first), b(second);
-  if (a.begin + a.last + a.width <= b.begin || b.begin + b.last + b.width <= a.begin) return false;
+  if (!a.tensor.is_cpu() && !a.tensor.storage().is_alias_of(b.tensor.storage())) return false;
   std::vector<SharedDim> dims;
   for (int k = 0; k < 4; ++k) {
     if (a.strides[k] && b.strides[k] && a.strides[k] != b.strides[k]) return true;
@@ -185,15 +190,14 @@ bool overlaps(const at::Tensor& first, const at::Tensor& second) {
 }
 
 /// Whether two indices of one tensor of rank 4 can address the same byte.
-bool overlaps_itself(const at::Tensor& t) {
-  if (t.numel() == 0) return false;
-  const Runs runs(t);
+bool overlaps_itself(const Runs& runs) {
+  if (runs.empty || runs.tensor.is_contiguous()) return false;
   std::array<int, 4> order{0, 1, 2, 3};
   std::sort(order.begin(), order.end(),
             [&](int x, int y) { return runs.strides[x] < runs.strides[y]; });
   int64_t inner = runs.width;
   for (const int k : order) {
-    if (t.size(k) > 1 && t.stride(k) == 0) return true;
+    if (runs.tensor.size(k) > 1 && runs.tensor.stride(k) == 0) return true;
     if (runs.strides[k] == 0) continue;
     if (runs.strides[k] < inner) return true;
     inner += runs.strides[k] * (runs.counts[k] - 1);
@@ -203,20 +207,20 @@ bool overlaps_itself(const at::Tensor& t) {
 
 }  // namespace
 
-void check_no_overlap(const char* op,
-                      const std::vector<std::pair<const char*, at::Tensor>>& written,
-                      const std::vector<std::pair<const char*, at::Tensor>>& read) {
+void check_no_overlap(const char* op, c10::ArrayRef<Named> written, c10::ArrayRef<Named> read) {
+  c10::SmallVector<Runs, 8> runs;
+  for (const auto& named : written) runs.emplace_back(named.tensor);
+  for (const auto& named : read) runs.emplace_back(named.tensor);
   for (size_t i = 0; i < written.size(); ++i) {
-    const auto& [name, tensor] = written[i];
-    TORCH_CHECK_VALUE(!overlaps_itself(tensor), "[kvq.", op, "] ", name,
+    TORCH_CHECK_VALUE(!overlaps_itself(runs[i]), "[kvq.", op, "] ", written[i].name,
                       " is written and must not overlap itself (expanded?)");
-    for (size_t j = i + 1; j < written.size(); ++j) {
-      TORCH_CHECK_VALUE(!overlaps(tensor, written[j].second), "[kvq.", op, "] ", name, " and ",
-                        written[j].first, " are written and must not share memory");
-    }
-    for (const auto& [other_name, other] : read) {
-      TORCH_CHECK_VALUE(!overlaps(tensor, other), "[kvq.", op, "] ", name,
-                        " is written and must not share memory with ", other_name);
+    for (size_t j = i + 1; j < runs.size(); ++j) {
+      if (!overlaps(runs[i], runs[j])) continue;
+      TORCH_CHECK_VALUE(j >= written.size(), "[kvq.", op, "] ", written[i].name, " and ",
+                        written[j].name, " are written and must not share memory");
+      TORCH_CHECK_VALUE(false, "[kvq.", op, "] ", written[i].name,
+                        " is written and must not share memory with ",
+                        read[j - written.size()].name);
     }
   }
 }

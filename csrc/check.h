@@ -5,7 +5,6 @@
 #include <ATen/core/Tensor.h>
 
 #include <optional>
-#include <vector>
 
 #include "format.h"
 
@@ -47,13 +46,17 @@ void check_positions(const char* op, const char* argument, const at::Tensor& pos
                      int64_t batch, c10::Device device);
 
 /// Every position + tokens lies within the capacity (any position >= 0 in a ring).
-void check_capacity(const char* op, const std::vector<int64_t>& positions, int64_t tokens,
-                    int64_t capacity, bool ring);
+void check_capacity(const char* op, at::IntArrayRef positions, int64_t tokens, int64_t capacity,
+                    bool ring);
+
+/// An argument and its name.
+struct Named {
+  const char* name;
+  const at::Tensor& tensor;
+};
 
 /// No tensor that is written shares memory with itself, another written one, or an input.
-void check_no_overlap(const char* op,
-                      const std::vector<std::pair<const char*, at::Tensor>>& written,
-                      const std::vector<std::pair<const char*, at::Tensor>>& read);
+void check_no_overlap(const char* op, c10::ArrayRef<Named> written, c10::ArrayRef<Named> read);
 
 /// [start, start + length) lies within the capacity; returns length.
 int64_t check_range(const char* op, int64_t start, std::optional<int64_t> length, int64_t capacity);

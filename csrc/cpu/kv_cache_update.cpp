@@ -7,7 +7,7 @@
 namespace kvq::cpu {
 namespace {
 
-void update(const at::Tensor& cache, const at::Tensor& src, const std::vector<int64_t>& positions) {
+void update(const at::Tensor& cache, const at::Tensor& src, at::IntArrayRef positions) {
   const char* op = "kv_cache_update_";
   check_input(op, "cache", cache, at::kCPU);
   TORCH_CHECK_VALUE(

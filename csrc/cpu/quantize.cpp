@@ -13,6 +13,9 @@ using OptionalTensor = std::optional<at::Tensor>;
 /// Vectors per task: enough work to outweigh handing it out.
 constexpr int64_t kGrain = 128;
 
+/// One per batch row.
+using Positions = c10::SmallVector<int64_t, 8>;
+
 kvq::Packed empty_packed(const Format& format, const at::Tensor& x, at::ScalarType scale_dtype) {
   const int64_t d = x.size(3);
   const auto make = [&](int64_t row, at::ScalarType dtype) {
@@ -31,8 +34,7 @@ struct Write {
 };
 
 Write prepare_write(const char* op, const char* prefix, const kvq::Packed& packed,
-                    const at::Tensor& x, Side side, const std::vector<int64_t>& positions,
-                    bool ring) {
+                    const at::Tensor& x, Side side, at::IntArrayRef positions, bool ring) {
   Write write;
   write.side = std::move(side);
   write.x = x.size(3) <= 1 || x.stride(3) == 1 ? x : x.contiguous();
@@ -59,10 +61,9 @@ void run(const Write& write) {
                [&](int64_t begin, int64_t end) { kernels().encode(write.args, begin, end); });
 }
 
-Side check_side(const char* op, const char* prefix, const at::Tensor& x, std::string_view format,
-                int64_t group_size, std::string_view encoder, const OptionalTensor& signs,
-                const OptionalTensor& mean) {
-  Side side{Format::parse(op, format, group_size)};
+Side check_side(const char* op, const char* prefix, const at::Tensor& x, const Format& format,
+                std::string_view encoder, const OptionalTensor& signs, const OptionalTensor& mean) {
+  Side side{format};
   side.encoder = side.format.parse_encoder(op, encoder);
   side.head_dim = x.size(3);
   side.format.check_head_dim(op, side.head_dim);
@@ -81,9 +82,9 @@ kvq::Packed quantize_as(const char* op, const at::Tensor& x, std::string_view fo
                         int64_t group_size, const OptionalTensor& signs, const OptionalTensor& mean,
                         std::string_view encoder, std::optional<at::ScalarType> scale_dtype) {
   check_input(op, "x", x, at::kCPU);
-  Side side = check_side(op, "", x, format, group_size, encoder, signs, mean);
+  Side side = check_side(op, "", x, Format::parse(op, format, group_size), encoder, signs, mean);
   kvq::Packed out = empty_packed(side.format, x, checked_scale_dtype(op, scale_dtype, x));
-  const std::vector<int64_t> positions(x.size(0), 0);
+  const Positions positions(x.size(0), 0);
   run(prepare_write(op, "x", out, x, std::move(side), positions, /*ring=*/false));
   return out;
 }
@@ -115,10 +116,10 @@ struct SideArguments {
   std::string_view encoder;
 };
 
-void write_sides(const char* op, const std::vector<SideArguments>& sides,
-                 const std::vector<int64_t>& positions, bool ring) {
-  std::vector<std::pair<const char*, at::Tensor>> written, read;
-  std::vector<Write> writes;
+void write_sides(const char* op, std::initializer_list<SideArguments> sides,
+                 at::IntArrayRef positions, bool ring) {
+  c10::SmallVector<Named, 6> written, read;
+  c10::SmallVector<Write, 2> writes;
   for (const SideArguments& s : sides) {
     check_input(op, s.name, s.x, at::kCPU);
     const Format format = Format::parse(op, s.format, s.group_size);
@@ -130,11 +131,11 @@ void write_sides(const char* op, const std::vector<SideArguments>& sides,
     TORCH_CHECK_VALUE(s.packed.codes.device() == s.x.device(), "[kvq.", op, "] ", s.prefix,
                       "codes must be on ", s.x.device(), ", got ", s.packed.codes.device());
     check_capacity(op, positions, s.x.size(2), s.packed.codes.size(2), ring);
-    Side side = check_side(op, s.prefix, s.x, s.format, s.group_size, s.encoder, s.signs, s.mean);
-    written.emplace_back(s.names[0], s.packed.codes);
-    written.emplace_back(s.names[1], s.packed.scales);
-    written.emplace_back(s.names[2], s.packed.biases);
-    read.emplace_back(s.name, s.x);
+    Side side = check_side(op, s.prefix, s.x, format, s.encoder, s.signs, s.mean);
+    written.push_back({s.names[0], s.packed.codes});
+    written.push_back({s.names[1], s.packed.scales});
+    written.push_back({s.names[2], s.packed.biases});
+    read.push_back({s.name, s.x});
     writes.push_back(prepare_write(op, s.name, s.packed, s.x, std::move(side), positions, ring));
   }
   check_no_overlap(op, written, read);
@@ -142,9 +143,9 @@ void write_sides(const char* op, const std::vector<SideArguments>& sides,
 }
 
 void quantize_into_int(const at::Tensor& codes, const at::Tensor& scales, const at::Tensor& biases,
-                       const at::Tensor& x, const std::vector<int64_t>& positions,
-                       c10::string_view format, int64_t group_size, const OptionalTensor& signs,
-                       const OptionalTensor& mean, c10::string_view encoder, bool ring) {
+                       const at::Tensor& x, at::IntArrayRef positions, c10::string_view format,
+                       int64_t group_size, const OptionalTensor& signs, const OptionalTensor& mean,
+                       c10::string_view encoder, bool ring) {
   write_sides(
       "quantize_into_",
       {{"", kNames, "x", {codes, scales, biases}, x, format, group_size, signs, mean, encoder}},
@@ -166,19 +167,18 @@ void quantize_into_at(const at::Tensor& codes, const at::Tensor& scales, const a
                       int64_t group_size, const OptionalTensor& signs, const OptionalTensor& mean,
                       c10::string_view encoder, bool ring) {
   check_input("quantize_into_", "x", x, at::kCPU);
-  quantize_into_int(codes, scales, biases, x, std::vector<int64_t>(x.size(0), position), format,
-                    group_size, signs, mean, encoder, ring);
+  quantize_into_int(codes, scales, biases, x, Positions(x.size(0), position), format, group_size,
+                    signs, mean, encoder, ring);
 }
 
 void append_values(const at::Tensor& k_codes, const at::Tensor& k_scales,
                    const at::Tensor& k_biases, const at::Tensor& v_codes,
                    const at::Tensor& v_scales, const at::Tensor& v_biases, const at::Tensor& k,
-                   const at::Tensor& v, const std::vector<int64_t>& positions,
-                   c10::string_view k_format, int64_t k_group_size, c10::string_view v_format,
-                   int64_t v_group_size, const OptionalTensor& k_signs,
-                   const OptionalTensor& v_signs, const OptionalTensor& k_mean,
-                   const OptionalTensor& v_mean, c10::string_view k_encoder,
-                   c10::string_view v_encoder, bool ring) {
+                   const at::Tensor& v, at::IntArrayRef positions, c10::string_view k_format,
+                   int64_t k_group_size, c10::string_view v_format, int64_t v_group_size,
+                   const OptionalTensor& k_signs, const OptionalTensor& v_signs,
+                   const OptionalTensor& k_mean, const OptionalTensor& v_mean,
+                   c10::string_view k_encoder, c10::string_view v_encoder, bool ring) {
   check_input("append_", "value", v, at::kCPU);
   TORCH_CHECK_VALUE(k.size(2) == v.size(2),
                     "[kvq.append_] key and value must have as many tokens, ", "got ", k.size(2),
@@ -230,8 +230,8 @@ void append_at(const at::Tensor& k_codes, const at::Tensor& k_scales, const at::
                c10::string_view k_encoder, c10::string_view v_encoder, bool ring) {
   check_input("append_", "key", k, at::kCPU);
   append_values(k_codes, k_scales, k_biases, v_codes, v_scales, v_biases, k, v,
-                std::vector<int64_t>(k.size(0), position), k_format, k_group_size, v_format,
-                v_group_size, k_signs, v_signs, k_mean, v_mean, k_encoder, v_encoder, ring);
+                Positions(k.size(0), position), k_format, k_group_size, v_format, v_group_size,
+                k_signs, v_signs, k_mean, v_mean, k_encoder, v_encoder, ring);
 }
 
 at::Tensor dequantize_as(const char* op, const kvq::Packed& packed, const Side& side,
@@ -274,7 +274,8 @@ at::Tensor qdq(const at::Tensor& x, c10::string_view format, int64_t group_size,
                std::optional<at::ScalarType> scale_dtype) {
   const char* op = "qdq";
   const auto packed = quantize_as(op, x, format, group_size, signs, mean, encoder, scale_dtype);
-  const Side side = check_side(op, "", x, format, group_size, encoder, signs, mean);
+  const Side side =
+      check_side(op, "", x, Format::parse(op, format, group_size), encoder, signs, mean);
   return dequantize_as(op, packed, side, x.scalar_type(), 0, x.size(2));
 }
 

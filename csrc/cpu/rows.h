@@ -35,6 +35,9 @@ inline kvq::cpu::Packed packed_rows(const char* op, const kvq::Packed& packed,
 
 /// A [] or [B] integer CPU tensor as B values.
 inline std::vector<int64_t> position_values(const at::Tensor& position, int64_t batch) {
+  if (position.scalar_type() == at::kLong && (batch == 1 || position.dim() == 0)) {
+    return std::vector<int64_t>(batch, *position.const_data_ptr<int64_t>());
+  }
   const at::Tensor wide = position.to(at::kLong).expand({batch}).contiguous();
   const auto* data = wide.const_data_ptr<int64_t>();
   return {data, data + batch};

@@ -23,7 +23,7 @@ Write make_write(const char* op, const Packed& packed, const at::Tensor& x, Side
 
 std::vector<Write> check_writes(const char* op, const std::vector<SideArguments>& sides,
                                 const Position& position, bool ring) {
-  std::vector<std::pair<const char*, at::Tensor>> written, read;
+  std::vector<Named> written, read;
   std::vector<Side> checked;
   for (const SideArguments& s : sides) {
     check_input(op, s.name, s.x, kDevice);
@@ -35,10 +35,10 @@ std::vector<Write> check_writes(const char* op, const std::vector<SideArguments>
     check_capacity(op, position.known(), s.x.size(2), s.packed.codes.size(2), ring);
     checked.push_back(
         check_side(op, s.prefix, s.x, s.format, s.group_size, s.encoder, s.signs, s.mean));
-    written.emplace_back(s.names[0], s.packed.codes);
-    written.emplace_back(s.names[1], s.packed.scales);
-    written.emplace_back(s.names[2], s.packed.biases);
-    read.emplace_back(s.name, s.x);
+    written.push_back({s.names[0], s.packed.codes});
+    written.push_back({s.names[1], s.packed.scales});
+    written.push_back({s.names[2], s.packed.biases});
+    read.push_back({s.name, s.x});
   }
   check_no_overlap(op, written, read);
   std::vector<Write> writes;
