@@ -194,17 +194,22 @@ class QuantizedKVCache(nn.Module):
     @property
     def keys(self) -> Packed:
         """Packed K [B, G, S, row]."""
-        return Packed(self.k_codes, self.k_scales, self.k_biases)
+        return self._packed("k_codes", "k_scales", "k_biases")
 
     @property
     def values(self) -> Packed:
         """Packed V [B, G, S, row]."""
-        return Packed(self.v_codes, self.v_scales, self.v_biases)
+        return self._packed("v_codes", "v_scales", "v_biases")
+
+    def _packed(self, codes: str, scales: str, biases: str) -> Packed:
+        # nn.Module finds a buffer after two failures, which per step costs more than the append.
+        buffers = self._buffers
+        return Packed(buffers[codes], buffers[scales], buffers[biases])  # type: ignore[arg-type]
 
     @property
     def capacity(self) -> int:
         """Tokens the storage holds now."""
-        return self.k_codes.shape[2]
+        return self._buffers["k_codes"].shape[2]  # type: ignore[union-attr]
 
     @property
     def device(self) -> torch.device:
@@ -223,7 +228,7 @@ class QuantizedKVCache(nn.Module):
     @property
     def kv_length(self) -> int | torch.Tensor:
         """The length as the ops take it: int64 [B] with a static capacity, else an int."""
-        return self.lengths if self.static else self._host.value  # type: ignore[return-value]
+        return self._buffers["lengths"] if self.static else self._host.value  # type: ignore[return-value]
 
     @property
     def nbytes(self) -> int:
@@ -281,7 +286,8 @@ class QuantizedKVCache(nn.Module):
             ring=self.ring,
             **self._encoding(),
         )
-        self._write_windows(key, value, past)
+        if self.sink_tokens or self.recent_tokens:
+            self._write_windows(key, value, past)
         self._advance(tokens, lengths)
         if was_empty and lengths is None:
             empty = key.new_empty(*key.shape[:3], 0)
@@ -296,20 +302,21 @@ class QuantizedKVCache(nn.Module):
 
     def _encoding(self) -> dict:
         return {
-            "k_signs": self.k_signs,
-            "v_signs": self.v_signs,
-            "k_mean": self.k_mean,
-            "v_mean": self.v_mean,
+            **self._rotation(),
             "k_encoder": self.k_encoder,
             "v_encoder": self.v_encoder,
         }
+
+    def _rotation(self) -> dict:
+        buffers = self._buffers
+        return {name: buffers[name] for name in ("k_signs", "v_signs", "k_mean", "v_mean")}
 
     def _check_append(
         self, key: torch.Tensor, value: torch.Tensor, lengths: torch.Tensor | None
     ) -> None:
         for name, x, size in (("key", key, self.head_dim), ("value", value, self.value_dim)):
             expected = (self.batch_size, self.kv_heads, key.shape[2] if key.dim() > 2 else 0, size)
-            if tuple(x.shape) != expected:
+            if x.shape != expected:
                 raise ValueError(
                     f"[kvq.append] {name} must be {list(expected)}, got {list(x.shape)}"
                 )
@@ -388,7 +395,7 @@ class QuantizedKVCache(nn.Module):
 
     def _advance(self, tokens: int, lengths: torch.Tensor | None) -> None:
         if self.static:
-            self.lengths.add_(tokens if lengths is None else lengths)
+            self._buffers["lengths"].add_(tokens if lengths is None else lengths)  # type: ignore[union-attr]
         if torch.compiler.is_compiling() and self.static:
             self._host.value = None
         elif self._host.value is not None:
@@ -401,6 +408,8 @@ class QuantizedKVCache(nn.Module):
     def _forget_overwritten(self) -> None:
         """Raise the oldest position that the ring or the recent window still holds."""
         if self._host.value is None:
+            return
+        if not (self.ring or self.recent_tokens):
             return
         for size in (self.limit if self.ring else 0, self.k_recent.shape[2]):
             if size:
@@ -480,11 +489,8 @@ class QuantizedKVCache(nn.Module):
             view.length,
             self.k_format,
             self.v_format,
-            k_signs=self.k_signs,
-            v_signs=self.v_signs,
-            k_mean=self.k_mean,
-            v_mean=self.v_mean,
             ring=view.ring,
+            **self._rotation(),
             **options,
         )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 GROUP_SIZES = (32, 64, 128)
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -55,6 +56,10 @@ FORMATS = tuple(_LAYOUTS)
 GGUF_BLOCK_BYTES = {"q8_0": 34, "q4_0": 18}
 
 
+#: What KVFormat.parse has read; there are few formats.
+_PARSED: dict[str, KVFormat] = {}
+
+
 @dataclass(frozen=True)
 class KVFormat:
     """How one side (K or V) of a cache is stored.
@@ -95,6 +100,8 @@ class KVFormat:
         """Read ``"int4"``, ``"int4-g32"``, ``"int4-g64-rot"``; a KVFormat is returned as it is."""
         if isinstance(spec, KVFormat):
             return spec
+        if not is_dynamo_compiling() and spec in _PARSED:
+            return _PARSED[spec]
         name, *options = spec.split("-")
         group, rotate = 0, False
         for option in options:
@@ -106,7 +113,10 @@ class KVFormat:
                 raise ValueError(
                     f"[kvq.format] {spec!r}: expected NAME[-gGROUP][-rot], got option {option!r}"
                 )
-        return cls(name, group, rotate)
+        parsed = cls(name, group, rotate)
+        if not is_dynamo_compiling():
+            _PARSED[spec] = parsed
+        return parsed
 
     def __str__(self) -> str:
         group = f"-g{self.group_size}" if self.group_size else ""
