@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -175,6 +176,43 @@ def test_reading_maps_the_file(tmp_path):
     assert torch.equal(tensor_file.read(path)[1]["x"][:6], torch.ones(6, dtype=torch.uint8))
 
 
+class MostAnonymousBytes:
+    """The most memory of its own that the process has in a with block, above that at its start."""
+
+    def __enter__(self) -> MostAnonymousBytes:
+        self.start = self.most = anonymous_bytes()
+        self.stop = threading.Event()
+        self.thread = threading.Thread(target=self.watch)
+        self.thread.start()
+        return self
+
+    def watch(self) -> None:
+        while not self.stop.wait(0.0005):
+            self.most = max(self.most, anonymous_bytes())
+
+    def __exit__(self, *error: object) -> None:
+        self.stop.set()
+        self.thread.join()
+        self.most = max(self.most, anonymous_bytes()) - self.start
+
+
+def test_no_second_copy_in_memory(tmp_path):
+    """Saving takes a few MiB, and loading the cache itself and a few MiB."""
+    size, slack = 96 << 20, 24 << 20
+    cache = QuantizedKVCache(1, 8, 128, k_format="none", v_format="none", capacity=size >> 13)
+    assert cache.nbytes >= size
+    key = torch.ones(1, 8, cache.capacity, 128)
+    cache.append(key, key)
+    del key
+    with MostAnonymousBytes() as saving:
+        cache.save(tmp_path / "cache.kvq")
+    assert saving.most < slack
+    cache = None
+    with MostAnonymousBytes() as loading:
+        cache = QuantizedKVCache.load(tmp_path / "cache.kvq")
+    assert cache.capacity == size >> 13 and loading.most < size + slack
+
+
 def test_strided_tensors_are_written_in_slabs(tmp_path, monkeypatch):
     monkeypatch.setattr(tensor_file, "_SLAB_BYTES", 100)
     whole = torch.randn(3, 2, 40, 5)
@@ -254,6 +292,18 @@ REWRITES = {
     "scales": (
         lambda a, f: a["cache"]["arguments"].update(scale_dtype="float16"),
         r"holds k_scales as float32 \[1, 1, 3, 1\], expected float16",
+    ),
+    "dtype": (
+        lambda a, f: a["cache"]["arguments"].update(dtype="load"),
+        "names a dtype 'load', which torch does not have",
+    ),
+    "argument": (
+        lambda a, f: a["cache"]["arguments"].pop("window"),
+        "holds a cache with window None, not 0",
+    ),
+    "no head size": (
+        lambda a, f: a["cache"]["arguments"].pop("head_dim"),
+        "asks for what this version cannot make: .*head_dim",
     ),
     "lengths": (
         lambda a, f: a["cache"].update(lengths=4),

@@ -23,7 +23,8 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,10 +108,11 @@ def restore(cache: QuantizedKVCache, description: Mapping[str, Any], found: Tens
     """Put the described tokens into an empty cache that was made with the same arguments."""
     made = describe(cache)
     for part in ("arguments", "signs"):
-        for name, value in description[part].items():
-            if made[part].get(name) != value:
+        for name in sorted(made[part].keys() | description[part].keys()):
+            saved, own = description[part].get(name), made[part].get(name)
+            if saved != own:
                 what = name if part == "arguments" else f"{name}_signs"
-                raise FileError(f"holds a cache with {what} {value}, not {made[part].get(name)}")
+                raise FileError(f"holds a cache with {what} {saved}, not {own}")
     lengths = description["lengths"]
     length = max(lengths, default=0) if cache.static else lengths
     if cache.static and len(lengths) != cache.batch_size:
@@ -148,16 +150,11 @@ def load(
     device: torch.device | str | None,
 ) -> QuantizedKVCache:
     """See :meth:`QuantizedKVCache.load`."""
-    try:
+    with _refusing(path):
         about, found = _read(path, "QuantizedKVCache")
         device = _choose(device, about["device"])
-        try:
-            cache = make(device=device, **arguments(about["cache"], found))
-        except (TypeError, ValueError) as error:
-            raise FileError(f"asks for what this version cannot make: {error}") from error
+        cache = make(device=device, **arguments(about["cache"], found))
         restore(cache, about["cache"], found)
-    except FileError as error:
-        raise ValueError(f"[kvq.load] {Path(path).name} {error}") from error
     return cache
 
 
@@ -207,7 +204,7 @@ def load_model_cache(
     device: torch.device | str | None,
 ) -> KVQCache:
     """See :meth:`torch_kvq.hf.KVQCache.load`."""
-    try:
+    with _refusing(path):
         about, found = _read(path, "KVQCache")
         _check_config(about["config"], config_fields(config))
         target = torch.device(_choose(device, about["device"]))
@@ -220,8 +217,6 @@ def load_model_cache(
             prefix = f"layers.{index}."
             own = {n.removeprefix(prefix): t for n, t in found.items() if n.startswith(prefix)}
             cache.layers[index] = _load_layer(cache.layers[index], index, description, own, target)
-    except FileError as error:
-        raise ValueError(f"[kvq.load] {Path(path).name} {error}") from error
     return cache
 
 
@@ -312,6 +307,18 @@ def _decode(value: Any, found: Tensors, device: torch.device) -> Any:
 # -- the file -------------------------------------------------------------------------------
 
 
+@contextmanager
+def _refusing(path: str | os.PathLike) -> Iterator[None]:
+    """Whatever goes wrong with the file is one error that names it."""
+    try:
+        yield
+    except FileError as error:
+        raise ValueError(f"[kvq.load] {Path(path).name} {error}") from error
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        what = "asks for what this version cannot make"
+        raise ValueError(f"[kvq.load] {Path(path).name} {what}: {error}") from error
+
+
 def _fingerprint(about: Mapping[str, Any], found: Tensors) -> str:
     table = {name: [_name(t.dtype), list(t.shape)] for name, t in found.items()}
     text = json.dumps([about, table], sort_keys=True, separators=(",", ":"))
@@ -358,4 +365,6 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _dtype(name: str) -> torch.dtype:
-    return getattr(torch, name)
+    if isinstance(dtype := getattr(torch, name, None), torch.dtype):
+        return dtype
+    raise FileError(f"names a dtype {name!r}, which torch does not have")
