@@ -123,7 +123,8 @@ class _Casts:
         if start > 0 and source.is_(start - 1, "typename"):
             start -= 1
         before = code[start - 1] if start > 0 else None
-        if source.is_name(end + 1) and source.is_(end + 2, "(") and code[name].text in VECTORS:
+        is_vector = code[name].text in VECTORS or (code[name].text == "vec" and end > name)
+        if source.is_name(end + 1) and source.is_(end + 2, "(") and is_vector:
             self._direct_initialisation(start, end)
         if before is not None:
             if before.kind == "name" and before.text not in _KEYWORDS:

@@ -17,6 +17,15 @@ POSITIONS = frozenset(
     threads_per_simdgroup thread_execution_width thread_index_in_quadgroup
     quadgroup_index_in_threadgroup quadgroups_per_threadgroup""".split()
 )
+#: A name with its namespaces: "a :: b ::", "f".
+_QUALIFIED = re.compile(r"((?:::\s*)?(?:\w+\s*::\s*)*)(\w+)")
+_CAST = re.compile(r"static_cast<[^>]*>\(")
+
+
+def _base(expression: str) -> re.Match[str] | None:
+    """The template of an instance, or the function that is chosen by its parameters."""
+    cast = _CAST.match(expression)
+    return _QUALIFIED.match(expression, cast.end() if cast else 0)
 
 
 @dataclass
@@ -34,7 +43,17 @@ class Kernel:
     parameters: list[Parameter]
     is_template: bool
     max_threads: str | None
-    template_header: str = ""
+    template_parameters: list[tuple[str, bool]] = field(default_factory=list)  # kind, has default
+    threads_of: str = ""  # the struct with max_threads of a template
+
+    def takes(self, arguments: list[str]) -> bool:
+        """Whether the template may have these arguments: how many, and no value for a type."""
+        parameters = self.template_parameters
+        needed = sum(not has_default for _, has_default in parameters)
+        return needed <= len(arguments) <= len(parameters) and not any(
+            kind == "type" and re.match(r"[\d'-]|(true|false)$", argument)
+            for (kind, _), argument in zip(parameters, arguments, strict=False)
+        )
 
 
 @dataclass
@@ -65,6 +84,7 @@ class _Finder:
         self.source, self.target = source, target
         self.only = re.compile(only) if only else None
         self.kernels: dict[str, Kernel] = {}
+        self.overloads: dict[str, list[Kernel]] = {}
         self.instances: list[Instance] = []
         self.scopes: list[tuple[str, int]] = []  # open namespaces: name, index of their }
 
@@ -133,28 +153,35 @@ class _Finder:
         if source.is_(body, ";"):  # a declaration alone
             for a, b in ranges + late:
                 source.erase(a, b)
+            source.code[after].prefix += "MSL_KERNEL_FN "
             return body
         if not source.is_(body, "{"):
             raise source.fail(name_at, f"kernel {name}: body expected")
         header_at = self._template_header(i)
-        header = source.text(header_at, i) if header_at is not None else ""
         parameters = [self._parameter(name, a, b, []) for a, b in source.split(open_ + 1, close)]
         self._number(name, name_at, parameters)
-        kernel = Kernel(name, parameters, header_at is not None, max_threads, header)
+        kernel = Kernel(name, parameters, header_at is not None, max_threads)
         self.kernels[name] = kernel
+        same_name = self.overloads.setdefault(name, [])
+        kernel.threads_of = f"msl_threads_of_{name}" + (f"_{len(same_name)}" if same_name else "")
+        same_name.append(kernel)
         for a, b in ranges + late:
             source.erase(a, b)
         source.code[after].prefix += "MSL_KERNEL_FN "
+        if header_at is not None:
+            kernel.template_parameters = self._template_parameters(header_at)
         if header_at is not None and max_threads:
-            template = re.sub(r"\bstatic\b|\binline\b", "", header)
+            template = re.sub(r"\bstatic\b|\binline\b", "", source.text(header_at, i))
             source.code[header_at].prefix = (
-                f"{template} struct msl_threads_of_{name} "
+                f"{template} struct {kernel.threads_of} "
                 f"{{ static constexpr uint value = ({max_threads}); }}; "
                 + source.code[header_at].prefix
             )
         end = source.closing(body)
         if header_at is None:
-            source.code[end].suffix += self._entry(name, f'"{name}"', name, kernel)
+            # Qualified, as metal:: may have the same name.
+            own = "::" + "".join(f"{space}::" for space, _ in self.scopes if space) + name
+            source.code[end].suffix += self._entry(name, f'"{name}"', own, kernel)
         return body
 
     def _template_header(self, i: int) -> int | None:
@@ -165,6 +192,19 @@ class _Finder:
                 return j if source.is_(j + 1, "<") and not source.is_(j + 2, ">") else None
             j -= 1
         return None
+
+    def _template_parameters(self, header_at: int) -> list[tuple[str, bool]]:
+        source = self.source
+        end = source.closing_angle(header_at + 1)
+        if end is None:
+            return []
+        return [
+            (
+                "type" if source.is_(a, "typename", "class") else "value",
+                any(source.is_(j, "=") for j in range(a, b)),
+            )
+            for a, b in source.split(header_at + 2, end)
+        ]
 
     def _max_threads(self, ranges: list[tuple[int, int]]) -> str | None:
         source = self.source
@@ -246,11 +286,11 @@ class _Finder:
             end = source.closing(end) + 1 if source.is_(end, "(", "[", "{") else end + 1
         host_name = self._host_name(ranges)
         expression = self._instance_expression(after, end)
-        base = re.match(r"(?:\w+\s*::\s*)*(\w+)", expression)
-        kernel = self.kernels.get(base.group(1)) if base else None
+        base = _base(expression)
+        kernel = self._template(base.group(2), expression) if base else None
         if kernel is None:
             raise source.fail(i, f"instantiation of an unknown kernel: {expression}")
-        host_name = host_name if host_name is not None else base.group(1)
+        host_name = host_name if host_name is not None else base.group(2)
         if self.only and not self.only.search(host_name):
             source.erase(i, end + 1)
             return end
@@ -266,6 +306,17 @@ class _Finder:
             source.code[end].text = ";"
         source.code[end].suffix += entry
         return end
+
+    def _template(self, name: str, expression: str) -> Kernel | None:
+        """The kernel of that name which an instance is of."""
+        found = self.overloads.get(name, [])
+        instance = Source(expression)
+        angle = next((i for i, t in enumerate(instance.code) if t.text == "<"), None)
+        if len(found) < 2 or angle is None or _CAST.match(expression):
+            return found[-1] if found else None
+        end = instance.closing_angle(angle) or len(instance.code)
+        arguments = [instance.text(a, b) for a, b in instance.split(angle + 1, end)]
+        return next((k for k in reversed(found) if k.takes(arguments)), found[-1])
 
     def _host_name(self, ranges: list[tuple[int, int]]) -> str | None:
         source = self.source
@@ -317,8 +368,10 @@ class _Finder:
         specs = ", ".join(f"msl_spec<msl_{p.attribute}, int({p.index})>" for p in kernel.parameters)
         specs = f"({specs})"
         function = re.sub(r"\b(device|constant|threadgroup|thread)\b", r"MSL_\1", expression)
+        is_cast = _CAST.match(expression) is not None
+        function = function if is_cast else f"&{function}"
         if self.target == "strict":
-            return f" MSL_STRICT_KERNEL({id_}, (&{function}), {specs})"
+            return f" MSL_STRICT_KERNEL({id_}, ({function}), {specs})"
         if self.target == "ptx":
             return self._ptx_entry(id_, function, specs, kernel)
         named = ", ".join(
@@ -331,13 +384,15 @@ class _Finder:
             for p in kernel.parameters
         )
         threads = "EMU_MAX_THREADS"
-        if kernel.max_threads:
+        # The arguments of a template that its parameters choose are not known here.
+        if kernel.max_threads and not (kernel.is_template and is_cast):
             threads = kernel.max_threads
             if kernel.is_template:
                 arguments = expression[expression.index("<") :] if "<" in expression else "<>"
-                threads = f"msl_threads_of_{kernel.name}{arguments}::value"
+                scope = _base(expression).group(1)
+                threads = f"{scope}{kernel.threads_of}{arguments}::value"
         return (
-            f" MSL_KERNEL({id_}, (&{function}), {specs}, {named or '{nullptr, nullptr}'})"
+            f" MSL_KERNEL({id_}, ({function}), {specs}, {named or '{nullptr, nullptr}'})"
             f" static constexpr uint msl_threads_{id_} = {threads};"
         )
 
@@ -350,7 +405,7 @@ class _Finder:
         offsets = [f"o{n}" for n in range(count("threadgroup"))]
         parameters = [f"MSL_device void* {b}" for b in buffers] + [f"uint {o}" for o in offsets]
         return (
-            f" MSL_PTX_KERNEL({id_}, (&{function}), {specs}, ({', '.join(parameters)}), "
+            f" MSL_PTX_KERNEL({id_}, ({function}), {specs}, ({', '.join(parameters)}), "
             f"({', '.join(buffers) or 'nullptr'}), ({', '.join(offsets) or '0u'}))"
         )
 

@@ -1,8 +1,8 @@
-"""Repairs after a failed compilation: what Metal allows between address spaces and C++ does not.
+"""Repairs after a failed compilation: what Metal allows and C++ does not.
 
 Metal copies structs from and to any address space, and calls address-space-qualified methods.
 clang in C++ mode says exactly where it will not; there the expression is wrapped in msl_flat,
-which refers to the same object."""
+which refers to the same object. Metal also takes {x, y} for an argument that is a vector."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ _KINDS = (
     "binding reference of type",
     "cannot bind reference",
     "no viable function",
+    "incompatible operand types",
 )
 _COPIES = (
     "no matching constructor for initialization of",
@@ -70,6 +71,9 @@ def repair(text: str, diagnostics: str, file: str, copies_only: bool = False) ->
     With copies_only, calls of methods stay errors: Metal allows them only on methods qualified
     with the address space."""
     errors = _errors(diagnostics, file)
+    listed = _vector_arguments(text, errors)
+    if listed != text:  # offsets have moved: the rest is for the next turn
+        return listed
     wraps: set[tuple[int, int]] = set()
     starts = _line_starts(text)
     for ranges, column, line, message, notes in errors:
@@ -103,6 +107,39 @@ def _errors(diagnostics: str, file: str) -> list[tuple[list[tuple[int, ...]], in
                     continue
             found[-1] = (ranges, column, number, message, notes + line + "\n")
     return [error for error in found if error[3]]
+
+
+_LIST_FOR_VECTOR = re.compile(
+    r"cannot convert initializer list argument to '[^']*'(?: \(aka 'msl_vector<(\w+), (\d)>'\))"
+)
+
+
+def _vector_arguments(
+    text: str, errors: list[tuple[list[tuple[int, ...]], int, int, str, str]]
+) -> str:
+    """The text with the lists among the arguments of refused calls made vectors."""
+    starts = _line_starts(text)
+    braces: dict[int, str] = {}
+    for _, column, line, _, notes in errors:
+        vector = _LIST_FOR_VECTOR.search(notes)
+        if vector is None:
+            continue
+        element, size = vector.groups()
+        open_, depth = text.find("(", starts[line - 1] + column - 1), 0
+        for at in range(open_, len(text)):
+            if text[at] in "([{":
+                depth += 1
+                if text[at] == "{" and depth == 2 and text[open_:at].rstrip()[-1] in "(,":
+                    braces[at] = f"msl_make<metal::vec<{element}, {size}>>("
+            elif text[at] in ")]}":
+                depth -= 1
+                if text[at] == "}" and depth == 1:
+                    braces[at] = ")"
+            if depth == 0:
+                break
+    for at in sorted(braces, reverse=True):
+        text = text[:at] + braces[at] + text[at + 1 :]
+    return text
 
 
 def _line_starts(text: str) -> list[int]:

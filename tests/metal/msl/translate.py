@@ -42,6 +42,7 @@ def translate(
 ) -> Translation:
     """Translates a source. `only` keeps the instantiations whose host_name it matches."""
     source = Source(preprocessed)
+    _coherent(source)
     constants = _function_constants(source)
     derived = _derived_constants(source, {c.name for c in constants})
     kernels, instances = find_kernels(source, target, only)
@@ -71,6 +72,16 @@ def translate(
     if target == "emulator":
         text += _tables(instances, constants)
     return Translation(text, kernels, instances, constants)
+
+
+def _coherent(source: Source) -> None:
+    """`device coherent(device) T*` of Metal 3.2: memory is coherent here."""
+    for i, token in enumerate(source.code):
+        if token.text == "coherent" and (
+            source.is_(i - 1, *SPACES, "const") or source.is_(i + 1, *SPACES)
+        ):
+            source.erase(i, source.closing(i + 1) + 1 if source.is_(i + 1, "(") else i + 1)
+    source.compact()
 
 
 _QUALIFIERS = ("constant", "static", "const", "constexpr", "extern")
@@ -347,9 +358,17 @@ def _method_qualifiers(source: Source) -> None:
     source.compact()
 
 
+_DOUBLE = re.compile(
+    r"(?:\d+\.\d*|\.\d+)(?:[eE][+-]?\d+)?|\d+[eE][+-]?\d+|0[xX][\da-fA-F.]+[pP][+-]?\d+"
+)
+
+_FUNCTION_NAMES = ("__func__", "__FUNCTION__", "__PRETTY_FUNCTION__")
+
+
 def _literals(source: Source) -> None:
-    """Literals of half and bfloat: 1.0h, 0x1p-3h, 2bf. Strings, which are in the constant address
-    space."""
+    """Literals of half and bfloat: 1.0h, 0x1p-3h, 2bf. Those without a suffix are float: clang's
+    option for that does not outlive the instantiation of a template. Strings and names of
+    functions, which are in the constant address space."""
     for i, token in enumerate(source.code):
         if token.kind == "string" and source.is_(i - 1, "(", ","):
             j = i
@@ -357,6 +376,10 @@ def _literals(source: Source) -> None:
                 j = source.opening(j) - 1 if source.is_(j, ")", "]", "}") else j - 1
             if not source.is_(j - 1, "static_assert"):
                 token.text = f"(MSL_constant char*)(ulong){token.text}"
+        elif token.text in _FUNCTION_NAMES:
+            token.text = f"(MSL_constant char*)(ulong){token.text}"
+        if token.kind == "number" and _DOUBLE.fullmatch(token.text):
+            token.suffix = "f" + token.suffix
         match = (
             re.fullmatch(r"(\d[\w.]*|\.\d[\w.+-]*|\d[\w.+-]*?)(h|H|bf|BF)", token.text)
             if token.kind == "number"

@@ -275,39 +275,59 @@ constexpr bool is_base_of_v = is_base_of<A, B>::value;
 template <class T, class... A>
 constexpr bool is_constructible_v = is_constructible<T, A...>::value;
 
+// What a type without a specialisation has, and what an integer has no use for: zeros.
 template <class T>
-struct numeric_limits {
-  static constexpr bool is_specialized = msl_is_integer<T>, is_integer = true,
-                        is_signed = (T)-1 < (T)0;
-  static constexpr bool has_infinity = false, has_quiet_NaN = false;
-  static constexpr int digits = sizeof(T) * 8 - is_signed;
+struct msl_no_limits {
+  static constexpr bool is_specialized = false, is_integer = false, is_exact = false;
+  static constexpr bool is_signed = false, has_infinity = false, has_quiet_NaN = false;
+  static constexpr int digits = 0, digits10 = 0, max_exponent = 0, min_exponent = 0, radix = 0;
+  static constexpr T max() { return T(); }
+  static constexpr T min() { return T(); }
+  static constexpr T lowest() { return T(); }
+  static constexpr T epsilon() { return T(); }
+  static constexpr T denorm_min() { return T(); }
+  static constexpr T infinity() { return T(); }
+  static constexpr T quiet_NaN() { return T(); }
+  static constexpr T signaling_NaN() { return T(); }
+};
+template <class T>
+struct msl_integer_limits : msl_no_limits<T> {
+  static constexpr bool is_specialized = true, is_integer = true, is_exact = true;
+  static constexpr bool is_signed = (T)-1 < (T)0;
+  static constexpr int digits = sizeof(T) * 8 - is_signed, radix = 2;
+  static constexpr int digits10 = digits * 30103 / 100000;
   static constexpr T max() { return is_signed ? (T)(((1ull << (digits - 1)) - 1) * 2 + 1) : (T)-1; }
   static constexpr T min() { return is_signed ? (T)(-max() - 1) : (T)0; }
   static constexpr T lowest() { return min(); }
 };
+template <class T, bool = msl_is_integer<T>>
+struct msl_limits : msl_no_limits<T> {};
+template <class T>
+struct msl_limits<T, true> : msl_integer_limits<T> {};
+template <class T>
+struct numeric_limits : msl_limits<T> {};
 template <>
-struct numeric_limits<bool> {
-  static constexpr bool is_specialized = true, is_integer = true, is_signed = false;
-  static constexpr bool has_infinity = false, has_quiet_NaN = false;
-  static constexpr int digits = 1;
+struct numeric_limits<bool> : msl_no_limits<bool> {
+  static constexpr bool is_specialized = true, is_integer = true, is_exact = true;
+  static constexpr int digits = 1, radix = 2;
   static constexpr bool max() { return true; }
-  static constexpr bool min() { return false; }
-  static constexpr bool lowest() { return false; }
 };
-#define MSL_FLOAT_LIMITS(T, largest, smallest, denormal, eps, bits, exponent)          \
-  template <>                                                                          \
-  struct numeric_limits<T> {                                                           \
-    static constexpr bool is_specialized = true, is_integer = false, is_signed = true; \
-    static constexpr bool has_infinity = true, has_quiet_NaN = true;                   \
-    static constexpr int digits = bits, max_exponent = exponent;                       \
-    static constexpr T max() { return (T)largest; }                                    \
-    static constexpr T lowest() { return (T) - largest; }                              \
-    static constexpr T min() { return (T)smallest; }                                   \
-    static constexpr T denorm_min() { return (T)denormal; }                            \
-    static constexpr T epsilon() { return (T)eps; }                                    \
-    static constexpr T infinity() { return (T)INFINITY; }                              \
-    static constexpr T quiet_NaN() { return (T)NAN; }                                  \
-    static constexpr T signaling_NaN() { return (T)NAN; }                              \
+#define MSL_FLOAT_LIMITS(T, largest, smallest, denormal, eps, bits, exponent)   \
+  template <>                                                                   \
+  struct numeric_limits<T> : msl_no_limits<T> {                                 \
+    static constexpr bool is_specialized = true, is_signed = true;              \
+    static constexpr bool has_infinity = true, has_quiet_NaN = true;            \
+    static constexpr int digits = bits, digits10 = (bits - 1) * 30103 / 100000; \
+    static constexpr int max_exponent = exponent, min_exponent = 3 - exponent;  \
+    static constexpr int radix = 2;                                             \
+    static constexpr T max() { return (T)largest; }                             \
+    static constexpr T lowest() { return (T) - largest; }                       \
+    static constexpr T min() { return (T)smallest; }                            \
+    static constexpr T denorm_min() { return (T)denormal; }                     \
+    static constexpr T epsilon() { return (T)eps; }                             \
+    static constexpr T infinity() { return (T)INFINITY; }                       \
+    static constexpr T quiet_NaN() { return (T)NAN; }                           \
+    static constexpr T signaling_NaN() { return (T)NAN; }                       \
   };
 MSL_FLOAT_LIMITS(float, 0x1.fffffep127f, 0x1p-126f, 0x1p-149f, 0x1p-23f, 24, 128)
 MSL_FLOAT_LIMITS(half, 65504.0f, 0x1p-14f, 0x1p-24f, 0x1p-10f, 11, 16)
