@@ -436,6 +436,9 @@ def test_error_is_at_most_twice_sdpa_error(device, fmt, dtype, queries):
     ours, theirs = out.double() - exact, peer.double() - exact
     assert ours.abs().mean() <= 2 * theirs.abs().mean()
     assert ours.square().mean().sqrt() <= 2 * theirs.square().mean().sqrt()
+    # Of the worst element too; half a rounding of the output is anybody's luck.
+    rounding = torch.finfo(dtype).eps * exact.abs().max()
+    assert ours.abs().max() <= 2 * theirs.abs().max() + 0.5 * rounding
 
 
 @pytest.mark.parametrize("fmt", [*SOME_FORMATS, KVFormat("fp8_e5m2", 32)], ids=str)
