@@ -35,6 +35,9 @@ def test_all_ops_and_formats_are_covered():
         formats = {case.format for case in full if case.op == op}
         for fmt in verify.formats_to_check(quick=False):
             assert str(fmt) in formats
+    sizes = {(c.format, c.dtype, c.head_dim) for c in full if c.op == "qdq"}
+    plain = {(fmt, dtype, d) for fmt, dtype, d in sizes if not fmt.endswith("-rot")}
+    assert {(c.format, c.dtype, c.head_dim) for c in full if c.op == "attention"} >= plain
 
 
 def _schema_names() -> list[str]:
