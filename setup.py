@@ -31,13 +31,15 @@ CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-Wall"]
 KERNEL_FLAGS = [
     *CXX_FLAGS, "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi",
 ]  # fmt: skip
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [
+    *AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512",
+]  # fmt: skip
 INSTRUCTION_SETS = {
-    "avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "avx512": [
-        "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq",
-        "-mavx2", "-mfma", "-mf16c", "-mprefer-vector-width=512",
-    ],
-}  # fmt: skip
+    "avx2": AVX2,
+    "avx512": AVX512,
+    "avx512_bf16": [*AVX512, "-mavx512bf16", "-mavx512vbmi", "-mavx512vbmi2"],
+}
 
 
 def compiler_accepts(compiler: list[str], flags: list[str]) -> bool:

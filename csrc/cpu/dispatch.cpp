@@ -21,6 +21,11 @@ namespace avx512 {
 extern const Kernels table;
 }
 #endif
+#ifdef KVQ_HAVE_AVX512_BF16
+namespace avx512_bf16 {
+extern const Kernels table;
+}
+#endif
 
 namespace {
 
@@ -36,15 +41,24 @@ const Kernels& choose() {
       found = true;
     }
   };
+#if defined(__x86_64__)
+  [[maybe_unused]] const bool avx2 = __builtin_cpu_supports("avx2") &&
+                                     __builtin_cpu_supports("fma") &&
+                                     __builtin_cpu_supports("f16c");
+  [[maybe_unused]] const bool avx512 =
+      avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+#endif
 #ifdef KVQ_HAVE_AVX2
-  consider(avx2::table, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                            __builtin_cpu_supports("f16c"));
+  consider(avx2::table, avx2);
 #endif
 #ifdef KVQ_HAVE_AVX512
-  consider(avx512::table, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                              __builtin_cpu_supports("avx512vl") &&
-                              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma") &&
-                              __builtin_cpu_supports("f16c"));
+  consider(avx512::table, avx512);
+#endif
+#ifdef KVQ_HAVE_AVX512_BF16
+  consider(avx512_bf16::table, avx512 && __builtin_cpu_supports("avx512bf16") &&
+                                   __builtin_cpu_supports("avx512vbmi") &&
+                                   __builtin_cpu_supports("avx512vbmi2"));
 #endif
   TORCH_CHECK(found, "[kvq.cpu] KVQ_CPU_ISA=", wanted ? wanted : "",
               " is not built in or not supported by this processor");

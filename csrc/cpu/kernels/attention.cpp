@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "attention_side.h"
+#include "attention_tiles.h"
 #include "hadamard.h"
 #include "tables.h"
 
@@ -13,11 +14,6 @@ namespace kvq::cpu::KVQ_ISA {
 namespace {
 
 constexpr float kInfinity = __builtin_inff();
-/// Vectors of a tile next to each other: as many as the registers hold for 4 rows.
-constexpr int kScoreVectors = kRegisters == 32 ? 4 : 2;
-constexpr int kValueVectors = kRegisters == 32 && kWidth == 4 ? 4 : 2;
-constexpr int kValueRows = kRegisters == 32 && kWidth == 16 ? 8 : 4;
-
 struct Task {
   int64_t b, g, first_row, rows, split;
 };
@@ -52,90 +48,6 @@ struct Partial {
   float* slab(int64_t slab, int64_t r) const { return sums + (slab * rows + r) * kSlab; }
 };
 
-/// scores[m][64] += (q[m] . columns) * scale + q_sum[m] * bias, of one slab.
-template <int Rows, bool Scale, bool Bias>
-void score_tile(const float* columns, const float* q, const float* scale, const float* bias,
-                const float* q_sum, float* scores) {
-  constexpr int kVectors = kScoreVectors;
-  // One row's sums are too few to keep the multipliers busy: take even and odd values apart.
-  constexpr int kChains = Rows == 1 ? 2 : 1;
-  for (int t = 0; t < kBlockTokens; t += kVectors * kWidth) {
-    F sums[kChains][Rows][kVectors];
-    for (auto& chain : sums) {
-      for (auto& row : chain) {
-        for (F& x : row) x = splat(0.0f);
-      }
-    }
-    for (int d = 0; d < kSlab; d += kChains) {
-      for (int c = 0; c < kChains; ++c) {
-        F k[kVectors];
-        for (int v = 0; v < kVectors; ++v) {
-          k[v] = load(columns + (d + c) * kBlockTokens + t + v * kWidth);
-        }
-        for (int m = 0; m < Rows; ++m) {
-          const F query = splat(q[m * kSlab + d + c]);
-          for (int v = 0; v < kVectors; ++v) sums[c][m][v] = fma(k[v], query, sums[c][m][v]);
-        }
-      }
-    }
-    for (int v = 0; v < kVectors; ++v) {
-      const int at = t + v * kWidth;
-      for (int m = 0; m < Rows; ++m) {
-        float* s = scores + m * kBlockTokens + at;
-        F product = sums[0][m][v];
-        for (int c = 1; c < kChains; ++c) product = product + sums[c][m][v];
-        F x = load(s);
-        x = Scale ? fma(product, load(scale + at), x) : x + product;
-        if constexpr (Bias) x = fma(load(bias + at), splat(q_sum[m]), x);
-        store(s, x);
-      }
-    }
-  }
-}
-
-/// sums[m][32] += weights[m] . values, of one slab. tokens is a multiple of 4.
-template <int Rows>
-void value_tile(const float* values, const float* weights, int tokens, float* sums) {
-  constexpr int kChains = Rows == 1 ? 4 : Rows == 2 ? 2 : 1;
-  constexpr int kVectors = kValueVectors;
-  for (int d = 0; d < kSlab; d += kVectors * kWidth) {
-    F acc[kChains][Rows][kVectors];
-    for (int m = 0; m < Rows; ++m) {
-      for (int v = 0; v < kVectors; ++v) {
-        acc[0][m][v] = load(sums + m * kSlab + d + v * kWidth);
-        for (int c = 1; c < kChains; ++c) acc[c][m][v] = splat(0.0f);
-      }
-    }
-    for (int t = 0; t < tokens; t += kChains) {
-      for (int c = 0; c < kChains; ++c) {
-        F x[kVectors];
-        for (int v = 0; v < kVectors; ++v) x[v] = load(values + (t + c) * kSlab + d + v * kWidth);
-        for (int m = 0; m < Rows; ++m) {
-          const F weight = splat(weights[m * kBlockTokens + t + c]);
-          for (int v = 0; v < kVectors; ++v) acc[c][m][v] = fma(x[v], weight, acc[c][m][v]);
-        }
-      }
-    }
-    for (int m = 0; m < Rows; ++m) {
-      for (int v = 0; v < kVectors; ++v) {
-        F x = acc[0][m][v];
-        for (int c = 1; c < kChains; ++c) x = x + acc[c][m][v];
-        store(sums + m * kSlab + d + v * kWidth, x);
-      }
-    }
-  }
-}
-
-/// Calls f(std::integral_constant<int, 8, 4, 2 or 1>, first row) until every row is done.
-template <int Most, typename Function>
-void for_row_tiles(int64_t rows, const Function& f) {
-  int64_t r = 0;
-  for (; r + Most <= rows; r += Most) f(std::integral_constant<int, Most>{}, r);
-  if (Most > 4 && r + 4 <= rows) f(std::integral_constant<int, 4>{}, r), r += 4;
-  if (r + 2 <= rows) f(std::integral_constant<int, 2>{}, r), r += 2;
-  if (r < rows) f(std::integral_constant<int, 1>{}, r);
-}
-
 /// What K's mean adds to a query's scores.
 float mean_score(const AttentionArgs& args, int64_t g, const float* q) {
   if (!args.k_mean) return 0;
@@ -146,7 +58,10 @@ float mean_score(const AttentionArgs& args, int64_t g, const float* q) {
 }
 
 /// One task's state.
+template <typename Operand>
 class Worker {
+  using Element = typename Operand::Element;
+
  public:
   Worker(const AttentionArgs& args, const Task& task, float* partial)
       : args_(args),
@@ -199,22 +114,19 @@ class Worker {
     if (args_.causal && end_[r] > position + 1) end_[r] = position + 1;
   }
 
-  /// Rotated and scaled query, its sums over slabs (for biases), and what K's mean adds to a score.
+  /// Rotated query, its sums over slabs (for biases), and what K's mean adds to a score.
   void read_query(int64_t r) {
     const int64_t n = args_.k.layout.head_dim;
     alignas(64) float q[kMaxHeadDim + kSlab];
     load_row(args_.query.at(task_.b, head(r), query(r)), args_.dtype, n, q);
     shift_[r] = mean_score(args_, task_.g, q);
     if (args_.k_signs) hadamard_row(q, n, args_.k_signs, /*inverse=*/false);
-    for (int64_t i = 0; i < n; ++i) q[i] *= args_.scale;
     for (int64_t i = n; i < k_.slabs() * kSlab; ++i) q[i] = 0;
     for (int slab = 0; slab < k_.slabs(); ++slab) {
-      F total = splat(0.0f);
-      for (int i = 0; i < kSlab; i += kWidth) {
-        const F x = load(q + slab * kSlab + i);
-        store(q_ + (slab * task_.rows + r) * kSlab + i, x);
-        total = total + x;
-      }
+      const float* from = q + slab * kSlab;
+      Operand::store_query(k_.unpacker(), from, q_ + (slab * task_.rows + r) * kQueryElements);
+      F total = load(from);
+      for (int i = kWidth; i < kSlab; i += kWidth) total = total + load(from + i);
       q_sum_[slab * task_.rows + r] = sum(total);
     }
   }
@@ -224,13 +136,13 @@ class Worker {
     std::memset(scores_, 0, task_.rows * kBlockTokens * sizeof(float));
     for (int slab = 0; slab < k_.slabs(); ++slab) {
       k_.columns(slab, slab_);
-      const float* q = q_ + slab * task_.rows * kSlab;
+      const Element* q = q_ + slab * task_.rows * kQueryElements;
       const float* q_sum = q_sum_ + slab * task_.rows;
       for_row_tiles<4>(task_.rows, [&](auto rows, int64_t r) {
-        const auto tile = !k_.has_scale() ? score_tile<rows, false, false>
-                          : k_.has_bias() ? score_tile<rows, true, true>
-                                          : score_tile<rows, true, false>;
-        tile(slab_, q + r * kSlab, k_.scale(slab), k_.bias(slab), q_sum + r,
+        const auto tile = !k_.has_scale() ? score_tile<Operand, rows, false, false>
+                          : k_.has_bias() ? score_tile<Operand, rows, true, true>
+                                          : score_tile<Operand, rows, true, false>;
+        tile(slab_, q + r * kQueryElements, k_.scale(slab), k_.bias(slab), q_sum + r,
              scores_ + r * kBlockTokens);
       });
     }
@@ -239,14 +151,11 @@ class Worker {
   /// Scores of a row to weights; rescales its sums where the maximum has risen.
   void weigh(int64_t r, int64_t position) {
     float* s = scores_ + r * kBlockTokens;
-    if (shift_[r] != 0) {
-      for (int t = 0; t < kBlockTokens; t += kWidth) store(s + t, load(s + t) + splat(shift_[r]));
-    }
-    if (args_.softcap > 0) {
-      const F cap = splat(args_.softcap);
-      for (int t = 0; t < kBlockTokens; t += kWidth) {
-        store(s + t, cap * hyperbolic_tangent(load(s + t) / cap));
-      }
+    const F scale = splat(args_.scale), shift = splat(shift_[r]), cap = splat(args_.softcap);
+    for (int t = 0; t < kBlockTokens; t += kWidth) {
+      F x = fma(load(s + t), scale, shift);
+      if (args_.softcap > 0) x = cap * hyperbolic_tangent(x / cap);
+      store(s + t, x);
     }
     int64_t begin = begin_[r] - position, end = end_[r] - position;
     end = end < tokens_ ? end : tokens_;
@@ -302,28 +211,26 @@ class Worker {
 
   void add_values(int64_t position) {
     v_.enter(position, tokens_, next_);
-    const int padded = (tokens_ + 3) & ~3;
+    const int padded = Operand::Unpacker::padded_tokens(tokens_);
     for (int slab = 0; slab < v_.slabs(); ++slab) {
       v_.rows(slab, slab_);
-      if (v_.starts_group(slab)) scale_weights(slab);
-      const float* weights = v_.has_scale() ? scaled_ : scores_;
+      if (slab == 0 || (v_.has_scale() && v_.starts_group(slab))) scale_weights(slab);
       for_row_tiles<kValueRows>(task_.rows, [&](auto rows, int64_t r) {
-        value_tile<rows>(slab_, weights + r * kBlockTokens, padded, result_.slab(slab, r));
+        value_tile<Operand, rows>(slab_, weights_ + r * kWeightElements, padded,
+                                  result_.slab(slab, r));
       });
     }
   }
 
   /// Weights times the scales of the slab's group, and sums of weights times its biases.
   void scale_weights(int slab) {
-    if (!v_.has_scale()) return;
-    const float *scale = v_.scale(slab), *bias = v_.bias(slab);
+    const float* scale = v_.has_scale() ? v_.scale(slab) : nullptr;
     float* lanes = bias_lanes_ + v_.group(slab) * task_.rows * kWidth;
     for (int64_t r = 0; r < task_.rows; ++r, lanes += kWidth) {
       const float* weights = scores_ + r * kBlockTokens;
-      for (int t = 0; t < kBlockTokens; t += kWidth) {
-        store(scaled_ + r * kBlockTokens + t, load(weights + t) * load(scale + t));
-      }
+      Operand::store_weights(weights, scale, weights_ + r * kWeightElements);
       if (!v_.has_bias()) continue;
+      const float* bias = v_.bias(slab);
       F total = load(lanes);
       for (int t = 0; t < kBlockTokens; t += kWidth) {
         total = fma(load(weights + t), load(bias + t), total);
@@ -343,19 +250,22 @@ class Worker {
     }
   }
 
+  static constexpr int kQueryElements = kSlab / Operand::kPerLane;
+  static constexpr int kWeightElements = kBlockTokens / Operand::kPerLane;
+
   const AttentionArgs& args_;
   const Task task_;
   const Partial result_;
-  Side k_, v_;
+  Side<typename Operand::Unpacker> k_, v_;
   int tokens_ = 0;                                     ///< of the current block
   int64_t next_ = 0;                                   ///< of the block after it
   int64_t begin_[kMaxBlockRows], end_[kMaxBlockRows];  ///< visible positions of each row
   float shift_[kMaxBlockRows];                         ///< what K's mean adds to its scores
-  alignas(64) float q_[kMaxBlockFloats];               ///< [slab][row][32]
-  alignas(64) float q_sum_[kMaxBlockFloats / kSlab];   ///< [slab][row]
-  alignas(64) float slab_[kSlab * kBlockTokens];       ///< unpacked K or V
+  alignas(64) Element q_[kMaxBlockFloats / Operand::kPerLane];          ///< [slab][row][32 numbers]
+  alignas(64) float q_sum_[kMaxBlockFloats / kSlab];                    ///< [slab][row]
+  alignas(64) Element slab_[kSlab * kBlockTokens / Operand::kPerLane];  ///< unpacked K or V
   alignas(64) float scores_[kMaxBlockRows * kBlockTokens];
-  alignas(64) float scaled_[kMaxBlockRows * kBlockTokens];
+  alignas(64) Element weights_[kMaxBlockRows * kWeightElements];  ///< times V's scales
   alignas(64) float weight_lanes_[kMaxBlockRows * kWidth];
   alignas(64) float bias_lanes_[kMaxBlockFloats / kSlab * kWidth];  ///< [group][row][lane]
 };
@@ -454,17 +364,25 @@ void merge_row(const Partial& mine, const Partial& other, int64_t r, int64_t sla
   mine.maximum[r] = top;
 }
 
-}  // namespace
-
-void attention(const AttentionArgs& args, int64_t begin, int64_t end) {
+template <typename Operand>
+void run_tasks(const AttentionArgs& args, int64_t begin, int64_t end) {
   alignas(64) float local[kMaxBlockFloats + 2 * kMaxBlockRows];
   for (int64_t index = begin; index < end; ++index) {
     const Task task = locate(args, index);
     float* partial = args.splits > 1 ? args.partial + index * args.partial_size() : local;
-    Worker(args, task, partial).run();
+    Worker<Operand>(args, task, partial).run();
     if (args.splits > 1) continue;
     for (int64_t r = 0; r < task.rows; ++r) finish_row(args, task, r, Partial(args, partial));
   }
+}
+
+}  // namespace
+
+void attention(const AttentionArgs& args, int64_t begin, int64_t end) {
+#if defined(KVQ_BFLOAT_PAIRS)
+  if (Pairs::hold(args)) return run_tasks<Pairs>(args, begin, end);
+#endif
+  run_tasks<Floats>(args, begin, end);
 }
 
 void attention_merge(const AttentionArgs& args, int64_t begin, int64_t end) {
@@ -494,7 +412,8 @@ void attention_unpack(const AttentionArgs& args, const AttentionTile& tile, int6
     const int64_t g = index / 2 % tile.groups, first = index / 2 / tile.groups * kBlockTokens;
     const int64_t n = packed.layout.head_dim, left = tile.tokens - first;
     const int tokens = static_cast<int>(left < kBlockTokens ? left : kBlockTokens);
-    Side side(packed, tile.batch_row, tile.first_group + g, args.capacity, args.ring);
+    Side<FloatUnpacker> side(packed, tile.batch_row, tile.first_group + g, args.capacity,
+                             args.ring);
     side.enter(tile.position + first, tokens, 0);
     char* out =
         (is_key ? tile.keys : tile.values) + (g * tile.capacity + first) * tile.width * size;

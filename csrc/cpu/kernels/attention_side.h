@@ -2,7 +2,7 @@
 // biases, hands out unpacked slabs.
 #pragma once
 
-#include "attention_unpack.h"
+#include "attention_pairs.h"
 
 namespace kvq::cpu::KVQ_ISA {
 
@@ -24,11 +24,14 @@ void transpose_columns(const float* in, int groups, int first, float* out) {
   }
 }
 
+template <typename Unpacker>
 class Side {
  public:
+  using Element = typename Unpacker::Element;
+
   Side(const Packed& packed, int64_t b, int64_t g, int64_t capacity, bool ring)
       : layout_(packed.layout),
-        unpacker_(choose_unpacker(packed.layout)),
+        unpacker_(packed.layout),
         codes_(reinterpret_cast<const uint8_t*>(packed.codes.at(b, g, 0))),
         scales_(packed.scales.at(b, g, 0)),
         biases_(packed.biases.at(b, g, 0)),
@@ -39,8 +42,8 @@ class Side {
         ring_(ring) {
     const int64_t n = layout_.head_dim;
     slabs_ = static_cast<int>((n + kSlab - 1) / kSlab);
-    tail_bytes_ = static_cast<int>(n % kSlab * unpacker_.slab_bytes / kSlab);
-    together_in_memory_ = codes_stride_ == n / kSlab * unpacker_.slab_stride + tail_bytes_;
+    tail_bytes_ = static_cast<int>(n % kSlab * unpacker_.slab_bytes() / kSlab);
+    together_in_memory_ = codes_stride_ == n / kSlab * unpacker_.slab_stride() + tail_bytes_;
     switch (layout_.family) {
       case KVQ_FAMILY_AFFINE:
       case KVQ_FAMILY_FP8_E4M3:
@@ -83,7 +86,7 @@ class Side {
       read_scales(scales_, scales_stride_, position, together, scale_);
       if (has_bias()) {
         read_scales(biases_, biases_stride_, position, together, bias_);
-        const F centre = splat(affine_centre(layout_));
+        const F centre = splat(affine_centre(layout_.bits));
         for (int i = 0; i < groups_ * kBlockTokens; i += kWidth) {
           store(bias_ + i, fma(load(scale_ + i), centre, load(bias_ + i)));
         }
@@ -97,21 +100,18 @@ class Side {
     }
   }
 
+  const Unpacker& unpacker() const { return unpacker_; }
+
   /// out[value][token], 64 tokens; those past the block are copies of the last.
-  void columns(int slab, float* out) const {
+  void columns(int slab, Element* out) const {
     if (is_tail(slab)) return unpacker_.columns(tail_rows_, 0, {}, out);
     unpacker_.columns(rows_, unpacker_.offset(slab), ahead(slab), out);
   }
 
-  /// out[token][value], then rows of zeros up to a multiple of 4 tokens.
-  void rows(int slab, float* out) const {
-    if (is_tail(slab)) {
-      unpacker_.rows(tail_rows_, 0, tokens_, {}, out);
-    } else {
-      unpacker_.rows(rows_, unpacker_.offset(slab), tokens_, ahead(slab), out);
-    }
-    const int padded = (tokens_ + 3) & ~3;
-    std::memset(out + tokens_ * kSlab, 0, (padded - tokens_) * kSlab * sizeof(float));
+  /// out[token][value]; tokens past the block are something finite, up to padded_tokens.
+  void rows(int slab, Element* out) const {
+    if (is_tail(slab)) return unpacker_.rows(tail_rows_, 0, tokens_, {}, out);
+    unpacker_.rows(rows_, unpacker_.offset(slab), tokens_, ahead(slab), out);
   }
 
   bool starts_group(int slab) const { return slab % slabs_per_group_ == 0; }
@@ -170,7 +170,7 @@ class Side {
     for (int t = 0; t < kBlockTokens; ++t) {
       for (int g = 0; g < groups_; ++g) {
         uint16_t half = 0;
-        if (t < tokens_) std::memcpy(&half, rows_[t] + g * unpacker_.slab_stride, 2);
+        if (t < tokens_) std::memcpy(&half, rows_[t] + g * unpacker_.slab_stride(), 2);
         in[g * kBlockTokens + t] = half;
       }
     }

@@ -443,26 +443,6 @@ void unpack_rows(const uint8_t* const* rows, int64_t offset, int tokens, const A
   }
 }
 
-// ---- What attention_side.h sees.
-
-/// How one side's rows are laid out in slabs, and how to unpack one.
-struct Unpacker {
-  void (*columns)(const uint8_t* const* rows, int64_t offset, const Ahead& ahead, float* out);
-  void (*rows)(const uint8_t* const* rows, int64_t offset, int tokens, const Ahead& ahead,
-               float* out);
-  int slab_bytes;   ///< codes of 32 values
-  int slab_stride;  ///< from one slab to the next
-  int slab_offset;  ///< of the first one in a row (after a GGUF block's scale)
-
-  int64_t offset(int64_t slab) const { return slab_offset + slab * slab_stride; }
-};
-
-template <int Bits, typename Map, bool Halves = false>
-constexpr Unpacker unpacker(int header = 0) {
-  return {unpack_columns<Bits, Map, Halves>, unpack_rows<Bits, Map, Halves>, 4 * Bits,
-          4 * Bits + header, header};
-}
-
 /// Fp8 maps codes of NaN and infinity to numbers; this puts them right. They are rare: the
 /// encoder never writes them.
 template <typename Format>
@@ -507,45 +487,90 @@ void unpack_fp8_rows(const uint8_t* const* rows, int64_t offset, int tokens, con
 
 /// What is taken off affine codes and given back in the bias: sums of codes that are all positive
 /// would be large numbers that cancel, and lose digits.
-inline float affine_centre(const Layout& layout) {
-  return layout.bits == 8 ? 128.0f : layout.bits == 4 ? 7.5f : 1.5f;
-}
+constexpr float affine_centre(int bits) { return bits == 8 ? 128.0f : bits == 4 ? 7.5f : 1.5f; }
 
-inline Unpacker choose_unpacker(const Layout& layout) {
-  switch (layout.family) {
-    case KVQ_FAMILY_AFFINE:
-      // Codes minus affine_centre.
-      if (layout.bits == 8) return unpacker<8, SignedByte<0x80>>();
-      if (layout.bits == 4) return unpacker<4, Integer<4, 15>>();
-      return unpacker<2, Integer<2, 3>>();
-    case KVQ_FAMILY_FP8_E4M3:
-      return {unpack_fp8_columns<E4M3>, unpack_fp8_rows<E4M3>, 32, 32, 0};
-    case KVQ_FAMILY_FP8_E5M2:
-      return {unpack_fp8_columns<E5M2>, unpack_fp8_rows<E5M2>, 32, 32, 0};
-    case KVQ_FAMILY_Q8_0:
-      return unpacker<8, SignedByte<0>>(2);
-    case KVQ_FAMILY_Q4_0:
-      return unpacker<4, Integer<4, 16>, true>(2);
-    case KVQ_FAMILY_TURBOQUANT:
-      switch (layout.bits) {
-        case 2:
-          return unpacker<2, Codebook<2>>();
-        case 3:
-          return unpacker<3, Codebook<3>>();
-        case 4:
-          return unpacker<4, Codebook<4>>();
-        case 5:
-          return unpacker<5, Codebook<5>>();
-        case 6:
-          return unpacker<6, Codebook<6>>();
-        default:
-          return unpacker<8, Codebook<8>>();
-      }
-    case KVQ_FAMILY_NONE:
-      break;
+// ---- What attention_side.h sees.
+
+/// How one side's rows are laid out in slabs, and how to unpack one to floats.
+class FloatUnpacker {
+ public:
+  using Element = float;
+
+  explicit FloatUnpacker(const Layout& layout) { choose(layout); }
+
+  int slab_bytes() const { return slab_bytes_; }
+  int slab_stride() const { return slab_bytes_ + header_; }
+  int64_t offset(int64_t slab) const { return header_ + slab * slab_stride(); }
+
+  /// out[value][token], 64 tokens.
+  void columns(const uint8_t* const* rows, int64_t offset, const Ahead& ahead, float* out) const {
+    columns_(rows, offset, ahead, out);
   }
-  if (layout.codes_dtype == KVQ_FLOAT32) return unpacker<32, Single>();
-  return layout.codes_dtype == KVQ_FLOAT16 ? unpacker<16, Half>() : unpacker<16, Bfloat>();
-}
+  /// out[token][value], then zeros up to padded_tokens(tokens).
+  void rows(const uint8_t* const* rows, int64_t offset, int tokens, const Ahead& ahead,
+            float* out) const {
+    rows_(rows, offset, tokens, ahead, out);
+    const int padding = padded_tokens(tokens) - tokens;
+    std::memset(out + tokens * kSlab, 0, padding * kSlab * sizeof(float));
+  }
+  static constexpr int padded_tokens(int tokens) { return (tokens + 3) & ~3; }
+
+ private:
+  void choose(const Layout& layout) {
+    switch (layout.family) {
+      case KVQ_FAMILY_AFFINE:
+        // Codes minus affine_centre.
+        if (layout.bits == 8) return set<8, SignedByte<0x80>>();
+        if (layout.bits == 4) return set<4, Integer<4, 15>>();
+        return set<2, Integer<2, 3>>();
+      case KVQ_FAMILY_FP8_E4M3:
+        return set_to(unpack_fp8_columns<E4M3>, unpack_fp8_rows<E4M3>, 32, 0);
+      case KVQ_FAMILY_FP8_E5M2:
+        return set_to(unpack_fp8_columns<E5M2>, unpack_fp8_rows<E5M2>, 32, 0);
+      case KVQ_FAMILY_Q8_0:
+        return set<8, SignedByte<0>>(2);
+      case KVQ_FAMILY_Q4_0:
+        return set<4, Integer<4, 16>, true>(2);
+      case KVQ_FAMILY_TURBOQUANT:
+        switch (layout.bits) {
+          case 2:
+            return set<2, Codebook<2>>();
+          case 3:
+            return set<3, Codebook<3>>();
+          case 4:
+            return set<4, Codebook<4>>();
+          case 5:
+            return set<5, Codebook<5>>();
+          case 6:
+            return set<6, Codebook<6>>();
+          default:
+            return set<8, Codebook<8>>();
+        }
+      case KVQ_FAMILY_NONE:
+        break;
+    }
+    if (layout.codes_dtype == KVQ_FLOAT32) return set<32, Single>();
+    return layout.codes_dtype == KVQ_FLOAT16 ? set<16, Half>() : set<16, Bfloat>();
+  }
+
+  using Columns = void (*)(const uint8_t* const*, int64_t, const Ahead&, float*);
+  using RowsOf = void (*)(const uint8_t* const*, int64_t, int, const Ahead&, float*);
+
+  template <int Bits, typename Map, bool Halves = false>
+  void set(int header = 0) {
+    set_to(unpack_columns<Bits, Map, Halves>, unpack_rows<Bits, Map, Halves>, 4 * Bits, header);
+  }
+  void set_to(Columns columns, RowsOf rows, int slab_bytes, int header) {
+    columns_ = columns;
+    rows_ = rows;
+    slab_bytes_ = slab_bytes;
+    header_ = header;
+  }
+
+  Columns columns_;
+  RowsOf rows_;
+  int slab_bytes_;  ///< codes of 32 values
+  int header_;      ///< bytes before them (a GGUF block's scale)
+};
 
 }  // namespace kvq::cpu::KVQ_ISA
