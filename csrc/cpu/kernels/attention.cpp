@@ -135,9 +135,15 @@ class Worker {
     k_.enter(position, tokens_, next_);
     std::memset(scores_, 0, task_.rows * kBlockTokens * sizeof(float));
     for (int slab = 0; slab < k_.slabs(); ++slab) {
-      k_.columns(slab, slab_);
       const Element* q = q_ + slab * task_.rows * kQueryElements;
       const float* q_sum = q_sum_ + slab * task_.rows;
+      if constexpr (Operand::kFuses) {
+        if (Operand::Unpacker::fuses(task_.rows)) {
+          k_.scores(slab, task_.rows, q, q_sum, scores_);
+          continue;
+        }
+      }
+      k_.columns(slab, slab_);
       for_row_tiles<4>(task_.rows, [&](auto rows, int64_t r) {
         const auto tile = !k_.has_scale() ? score_tile<Operand, rows, false, false>
                           : k_.has_bias() ? score_tile<Operand, rows, true, true>
@@ -213,8 +219,14 @@ class Worker {
     v_.enter(position, tokens_, next_);
     const int padded = Operand::Unpacker::padded_tokens(tokens_);
     for (int slab = 0; slab < v_.slabs(); ++slab) {
-      v_.rows(slab, slab_);
       if (slab == 0 || (v_.has_scale() && v_.starts_group(slab))) scale_weights(slab);
+      if constexpr (Operand::kFuses) {
+        if (Operand::Unpacker::fuses(task_.rows)) {
+          v_.sums(slab, task_.rows, weights_, result_.slab(slab, 0));
+          continue;
+        }
+      }
+      v_.rows(slab, slab_);
       for_row_tiles<kValueRows>(task_.rows, [&](auto rows, int64_t r) {
         value_tile<Operand, rows>(slab_, weights_ + r * kWeightElements, padded,
                                   result_.slab(slab, r));

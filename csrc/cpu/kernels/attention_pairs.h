@@ -91,25 +91,27 @@ constexpr auto make_list(Function f) {
   return list;
 }
 
-/// Numbers of 64 codes of 8 bits, two vectors. From[i] says which code number i of the result is.
+/// Numbers of 64 codes of 8 bits, two vectors. From::code(i) says which code number i is.
 template <typename From>
 class ByteNumbers {
  public:
   explicit ByteNumbers(const PairTable& table) : low_(table.low), high_(table.high) {}
-  void operator()(I codes, uint32_t* first, uint32_t* second) const {
+  void operator()(I codes, I& first, I& second) const {
     static constexpr auto kFirst = make_list<uint8_t>([](int i) { return pick(i / 2, i % 2); });
     static constexpr auto kSecond =
         make_list<uint8_t>([](int i) { return pick(32 + i / 2, i % 2); });
     const __mmask64 upper = _mm512_movepi8_mask(codes);
     const I low = low_(codes, upper), high = high_(codes, upper);
-    _mm512_storeu_si512(first, _mm512_permutex2var_epi8(low, load_int(kFirst.at), high));
-    _mm512_storeu_si512(second, _mm512_permutex2var_epi8(low, load_int(kSecond.at), high));
+    first = _mm512_permutex2var_epi8(low, load_int(kFirst.at), high);
+    second = _mm512_permutex2var_epi8(low, load_int(kSecond.at), high);
   }
 
  private:
   static constexpr int pick(int number, int byte) { return From::code(number) + 64 * byte; }
   ByteLookup low_, high_;
 };
+
+inline F pair_dot(I a, I b, F c) { return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b); }
 
 // ---- Columns: out[pair of values][token].
 
@@ -155,41 +157,87 @@ struct ColumnBytes {
   }
 };
 
+/// Calls sink(pair, numbers of kWidth tokens) for each pair of a slab.
 template <int Bits>
-void pair_columns(const PairTable& table, const uint8_t* const* rows, int64_t offset,
-                  const Ahead& ahead, uint32_t* out) {
-  for (int t = 0; t < kBlockTokens; t += kWidth) {
-    for (int i = 0; ahead.from && i < kWidth; i += ahead.every) ahead.ask(t + i);
+class PairColumns {
+ public:
+  explicit PairColumns(const PairTable& table) : numbers_(table) {}
+
+  template <typename Sink>
+  [[gnu::always_inline]] void operator()(const uint8_t* const* rows, int64_t offset,
+                                         const Sink& sink) const {
     I words[Bits];
     unroll<(Bits + 3) / 4>([&](auto chunk) {
       constexpr int kFirst = chunk * 4, kWords = Bits - kFirst < 4 ? Bits - kFirst : 4;
-      load_columns<kWords>(rows + t, offset + 4 * kFirst, words + kFirst);
+      load_columns<kWords>(rows, offset + 4 * kFirst, words + kFirst);
     });
-    uint32_t* to = out + t;
-    const auto put = [&](I numbers) {
-      _mm512_storeu_si512(to, numbers);
-      to += kBlockTokens;
-    };
     if constexpr (Bits == 16) {
-      for (const I& word : words) put(word);
+      unroll<16>([&](auto pair) { sink(pair, words[pair]); });
     } else if constexpr (Bits == 8) {
-      const ByteNumbers<ColumnBytes> numbers(table);
-      for (int w = 0; w < 8; ++w, to += 2 * kBlockTokens) numbers(words[w], to, to + kBlockTokens);
+      unroll<8>([&](auto w) {
+        I first, second;
+        numbers_(words[w], first, second);
+        sink(std::integral_constant<int, 2 * w>{}, first);
+        sink(std::integral_constant<int, 2 * w + 1>{}, second);
+      });
     } else if constexpr (16 % Bits == 0) {
-      const WordLookup<Bits> lookup(table);
-      unroll<Bits>([&](auto w) {
-        unroll<16 / Bits>([&](auto s) { put(lookup(_mm512_srli_epi16(words[w], s * Bits))); });
+      unroll<16>([&](auto pair) {
+        constexpr int kShift = pair % (16 / Bits) * Bits;
+        sink(pair, numbers_(_mm512_srli_epi16(words[pair * Bits / 16], kShift)));
       });
     } else {
-      const WordLookup<Bits> lookup(table);
       I units[Bits + 1];
       unroll<Bits>([&](auto u) { units[u] = stream_unit<Bits, u>(words); });
       units[Bits] = splat_int(0);
-      unroll<16>([&](auto code) {
-        constexpr int kUnit = code * Bits / 16, kShift = code * Bits % 16;
-        put(lookup(_mm512_shrdi_epi16(units[kUnit], units[kUnit + 1], kShift)));
+      unroll<16>([&](auto pair) {
+        constexpr int kUnit = pair * Bits / 16, kShift = pair * Bits % 16;
+        sink(pair, numbers_(_mm512_shrdi_epi16(units[kUnit], units[kUnit + 1], kShift)));
       });
     }
+  }
+
+ private:
+  std::conditional_t<Bits == 8, ByteNumbers<ColumnBytes>, WordLookup<Bits>> numbers_;
+};
+
+template <int Bits>
+void pair_columns(const PairTable& table, const uint8_t* const* rows, int64_t offset,
+                  const Ahead& ahead, uint32_t* out) {
+  const PairColumns<Bits> columns(table);
+  for (int t = 0; t < kBlockTokens; t += kWidth) {
+    ahead.ask(t, kWidth);
+    columns(rows + t, offset, [&](int pair, I numbers) {
+      _mm512_storeu_si512(out + pair * kBlockTokens + t, numbers);
+    });
+  }
+}
+
+/// scores[m][64] += (q[m] . columns) * scale + q_sum[m] * bias without the way through memory.
+/// scale and bias may be null.
+template <int Bits, int Rows>
+void pair_scores(const PairTable& table, const uint8_t* const* rows, int64_t offset,
+                 const Ahead& ahead, const uint32_t* q, const float* scale, const float* bias,
+                 const float* q_sum, float* scores) {
+  constexpr int kPairs = kSlab / 2, kChains = Rows == 1 ? 8 : Rows == 2 ? 4 : 2;
+  const PairColumns<Bits> columns(table);
+  for (int t = 0; t < kBlockTokens; t += kWidth) {
+    ahead.ask(t, kWidth);
+    F sums[Rows][kChains];
+    unroll<Rows * kChains>([&](auto i) { sums[i / kChains][i % kChains] = splat(0.0f); });
+    columns(rows + t, offset, [&](auto pair, I numbers) {
+      unroll<Rows>([&](auto m) {
+        F& x = sums[m][pair % kChains];
+        x = pair_dot(numbers, splat_int(q[m * kPairs + pair]), x);
+      });
+    });
+    unroll<Rows>([&](auto m) {
+      F product = sums[m][0];
+      unroll<kChains - 1>([&](auto c) { product = product + sums[m][c + 1]; });
+      F x = load(scores + m * kBlockTokens + t);
+      x = scale ? fma(product, load(scale + t), x) : x + product;
+      if (bias) x = fma(load(bias + t), splat(q_sum[m]), x);
+      store(scores + m * kBlockTokens + t, x);
+    });
   }
 }
 
@@ -239,37 +287,87 @@ inline I load_slab(const uint8_t* p) {
   }
 }
 
-/// tokens must be even; rows has as many.
-template <int Bits, bool Halves = false>
-void pair_rows(const PairTable& table, const uint8_t* const* rows, int64_t offset, int tokens,
-               const Ahead& ahead, uint32_t* out) {
-  int asked = ahead.from ? 0 : tokens;
-  for (int t = 0; t < tokens; t += 2, out += kSlab) {
-    for (; asked < t + 2 && asked < tokens; asked += ahead.every) ahead.ask(asked);
-    const I first = load_slab<Bits>(rows[t] + offset);
-    const I second = load_slab<Bits>(rows[t + 1] + offset);
+/// Two rows' slabs to the 32 values' pairs.
+template <int Bits, bool Halves>
+class PairRows {
+ public:
+  explicit PairRows(const PairTable& table) : numbers_(table) {}
+
+  [[gnu::always_inline]] void operator()(const uint8_t* row, const uint8_t* next_row, I& low,
+                                         I& high) const {
+    const I first = load_slab<Bits>(row), second = load_slab<Bits>(next_row);
     if constexpr (Bits == 16) {
       static constexpr auto kLow = make_list<uint16_t>([](int i) { return i / 2 + i % 2 * 32; });
       static constexpr auto kHigh =
           make_list<uint16_t>([](int i) { return 16 + i / 2 + i % 2 * 32; });
-      _mm512_storeu_si512(out, _mm512_permutex2var_epi16(first, load_int(kLow.at), second));
-      _mm512_storeu_si512(out + 16, _mm512_permutex2var_epi16(first, load_int(kHigh.at), second));
+      low = _mm512_permutex2var_epi16(first, load_int(kLow.at), second);
+      high = _mm512_permutex2var_epi16(first, load_int(kHigh.at), second);
     } else if constexpr (Bits == 8) {
-      const ByteNumbers<TokenBytes> numbers(table);
-      const I both = _mm512_inserti64x4(first, _mm512_castsi512_si256(second), 1);
-      numbers(both, out, out + 16);
+      numbers_(_mm512_inserti64x4(first, _mm512_castsi512_si256(second), 1), low, high);
     } else {
-      using Bytes = RowBytes<Bits, Halves>;
-      const WordLookup<Bits> lookup(table);
-      unroll<2>([&](auto half) {
-        static constexpr auto kBytes = Bytes::template bytes<half>();
-        static constexpr auto kShifts = Bytes::template shifts<half>();
-        const I bytes = _mm512_permutex2var_epi8(first, load_int(kBytes.at), second);
-        const I codes = _mm512_multishift_epi64_epi8(load_int(kShifts.at), bytes);
-        _mm512_storeu_si512(out + 16 * half, lookup(codes));
-      });
+      low = half<0>(first, second);
+      high = half<1>(first, second);
     }
   }
+
+ private:
+  template <int Half>
+  I half(I first, I second) const {
+    static constexpr auto kBytes = RowBytes<Bits, Halves>::template bytes<Half>();
+    static constexpr auto kShifts = RowBytes<Bits, Halves>::template shifts<Half>();
+    const I bytes = _mm512_permutex2var_epi8(first, load_int(kBytes.at), second);
+    return numbers_(_mm512_multishift_epi64_epi8(load_int(kShifts.at), bytes));
+  }
+
+  std::conditional_t<Bits == 8, ByteNumbers<TokenBytes>, WordLookup<Bits>> numbers_;
+};
+
+/// tokens must be a multiple of 2 (pair_sums: of 8); rows has as many.
+template <int Bits, bool Halves>
+void pair_rows(const PairTable& table, const uint8_t* const* rows, int64_t offset, int tokens,
+               const Ahead& ahead, uint32_t* out) {
+  const PairRows<Bits, Halves> pairs(table);
+  for (int t = 0; t < tokens; t += 2, out += kSlab) {
+    ahead.ask(t, 2);
+    I low, high;
+    pairs(rows[t] + offset, rows[t + 1] + offset, low, high);
+    _mm512_storeu_si512(out, low);
+    _mm512_storeu_si512(out + kWidth, high);
+  }
+}
+
+/// sums[m][32] += weights[m] . values without the way through memory.
+template <int Bits, bool Halves, int Rows>
+void pair_sums(const PairTable& table, const uint8_t* const* rows, int64_t offset, int tokens,
+               const Ahead& ahead, const uint32_t* weights, float* sums) {
+  // Few rows are few sums, which would wait for each other: take tokens apart.
+  constexpr int kPairs = 4, kChains = Rows == 1 ? 4 : Rows == 2 ? 2 : 1;
+  const PairRows<Bits, Halves> pairs(table);
+  F acc[kChains][Rows][2];
+  unroll<kChains * Rows * 2>([&](auto i) {
+    constexpr int kRow = i / 2 % Rows, kVector = i % 2;
+    acc[i / 2 / Rows][kRow][kVector] =
+        i / 2 < Rows ? load(sums + kRow * kSlab + kVector * kWidth) : splat(0.0f);
+  });
+  for (int64_t t = 0; t < tokens; t += 2 * kPairs) {
+    ahead.ask(t, 2 * kPairs);
+    unroll<kPairs>([&](auto pair) {
+      I low, high;
+      pairs(rows[t + 2 * pair] + offset, rows[t + 2 * pair + 1] + offset, low, high);
+      unroll<Rows>([&](auto m) {
+        const I weight = splat_int(weights[m * kBlockTokens / 2 + t / 2 + pair]);
+        F(&sum)[2] = acc[pair % kChains][m];
+        sum[0] = pair_dot(low, weight, sum[0]);
+        sum[1] = pair_dot(high, weight, sum[1]);
+      });
+    });
+  }
+  unroll<Rows * 2>([&](auto i) {
+    constexpr int kRow = i / 2, kVector = i % 2;
+    F x = acc[0][kRow][kVector];
+    unroll<kChains - 1>([&](auto c) { x = x + acc[c + 1][kRow][kVector]; });
+    store(sums + kRow * kSlab + kVector * kWidth, x);
+  });
 }
 
 // ---- What attention_side.h sees.
@@ -304,7 +402,22 @@ class PairUnpacker {
   }
   static constexpr int padded_tokens(int tokens) { return (tokens + 7) & ~7; }
 
+  /// Whether scores and sums are there for this many query rows.
+  static bool fuses(int64_t rows) { return rows <= 8 && (rows & (rows - 1)) == 0; }
+  /// As pair_scores and pair_sums.
+  void scores(int64_t query_rows, const uint8_t* const* rows, int64_t offset, const Ahead& ahead,
+              const uint32_t* q, const float* scale, const float* bias, const float* q_sum,
+              float* scores) const {
+    scores_[log2(query_rows)](*table_, rows, offset, ahead, q, scale, bias, q_sum, scores);
+  }
+  void sums(int64_t query_rows, const uint8_t* const* rows, int64_t offset, int tokens,
+            const Ahead& ahead, const uint32_t* weights, float* sums) const {
+    sums_[log2(query_rows)](*table_, rows, offset, padded_tokens(tokens), ahead, weights, sums);
+  }
+
  private:
+  static int log2(int64_t rows) { return rows == 8 ? 3 : static_cast<int>(rows / 2); }
+
   void choose(const Layout& layout) {
     switch (layout.family) {
       case KVQ_FAMILY_AFFINE:
@@ -345,6 +458,10 @@ class PairUnpacker {
     table_ = &table;
     columns_ = pair_columns<Bits>;
     rows_ = pair_rows<Bits, Halves>;
+    unroll<4>([&](auto i) {
+      scores_[i] = pair_scores<Bits, 1 << i>;
+      sums_[i] = pair_sums<Bits, Halves, 1 << i>;
+    });
     order_ = kOrder.data();
     slab_bytes_ = 4 * Bits;
     header_ = header;
@@ -353,6 +470,8 @@ class PairUnpacker {
   const PairTable* table_;
   void (*columns_)(const PairTable&, const uint8_t* const*, int64_t, const Ahead&, uint32_t*);
   void (*rows_)(const PairTable&, const uint8_t* const*, int64_t, int, const Ahead&, uint32_t*);
+  decltype(&pair_scores<4, 1>) scores_[4];     ///< for 1, 2, 4, 8 query rows
+  decltype(&pair_sums<4, false, 1>) sums_[4];  ///< likewise
   const uint16_t* order_;
   int slab_bytes_;  ///< codes of 32 values
   int header_;      ///< bytes before them (a GGUF block's scale)

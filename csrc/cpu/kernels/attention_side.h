@@ -104,14 +104,24 @@ class Side {
 
   /// out[value][token], 64 tokens; those past the block are copies of the last.
   void columns(int slab, Element* out) const {
-    if (is_tail(slab)) return unpacker_.columns(tail_rows_, 0, {}, out);
-    unpacker_.columns(rows_, unpacker_.offset(slab), ahead(slab), out);
+    unpacker_.columns(place(slab), offset(slab), ahead(slab), out);
   }
 
   /// out[token][value]; tokens past the block are something finite, up to padded_tokens.
   void rows(int slab, Element* out) const {
-    if (is_tail(slab)) return unpacker_.rows(tail_rows_, 0, tokens_, {}, out);
-    unpacker_.rows(rows_, unpacker_.offset(slab), tokens_, ahead(slab), out);
+    unpacker_.rows(place(slab), offset(slab), tokens_, ahead(slab), out);
+  }
+
+  /// Adds columns' products with a query's rows to their scores, as score_tile does.
+  void scores(int slab, int64_t rows, const Element* q, const float* q_sum, float* scores) const {
+    const float* scale_of = has_scale() ? scale(slab) : nullptr;
+    const float* bias_of = has_bias() ? bias(slab) : nullptr;
+    unpacker_.scores(rows, place(slab), offset(slab), ahead(slab), q, scale_of, bias_of, q_sum,
+                     scores);
+  }
+  /// Adds rows times weights to sums, as value_tile does.
+  void sums(int slab, int64_t rows, const Element* weights, float* sums) const {
+    unpacker_.sums(rows, place(slab), offset(slab), tokens_, ahead(slab), weights, sums);
   }
 
   bool starts_group(int slab) const { return slab % slabs_per_group_ == 0; }
@@ -126,11 +136,14 @@ class Side {
   int64_t slot(int64_t position) const { return ring_ ? position % capacity_ : position; }
   bool is_tail(int slab) const { return tail_bytes_ && slab == slabs_ - 1; }
 
+  /// Where a slab of each token is: place(slab)[token] + offset(slab).
+  const uint8_t* const* place(int slab) const { return is_tail(slab) ? tail_rows_ : rows_; }
+  int64_t offset(int slab) const { return is_tail(slab) ? 0 : unpacker_.offset(slab); }
+
   Ahead ahead(int slab) const {
     if (!ahead_) return {};
     const int64_t bytes = (codes_stride_ + slabs_ - 1) / slabs_;
-    return {ahead_ + slab * bytes * kBlockTokens, bytes,
-            static_cast<int>(bytes < 64 ? 64 / bytes : 1)};
+    return {ahead_ + slab * bytes * kBlockTokens, bytes};
   }
 
   /// Few lines, where scales lie next to each other.

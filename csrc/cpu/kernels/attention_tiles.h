@@ -16,7 +16,8 @@ struct Floats {
   using Unpacker = FloatUnpacker;
   using Element = float;
   using Vector = F;
-  static constexpr int kPerLane = 1;  ///< numbers in an element
+  static constexpr int kPerLane = 1;     ///< numbers in an element
+  static constexpr bool kFuses = false;  ///< whether Unpacker may multiply as it unpacks
 
   static Vector load(const Element* p) { return KVQ_ISA::load(p); }
   static Vector splat(Element x) { return KVQ_ISA::splat(x); }
@@ -42,6 +43,7 @@ struct Pairs {
   using Element = uint32_t;
   using Vector = I;
   static constexpr int kPerLane = 2;
+  static constexpr bool kFuses = true;
 
   static bool hold(const AttentionArgs& args) {
     return args.dtype == KVQ_BFLOAT16 && Unpacker::holds(args.k.layout) &&
@@ -49,7 +51,7 @@ struct Pairs {
   }
   static Vector load(const Element* p) { return load_int(p); }
   static Vector splat(Element x) { return splat_int(x); }
-  static F dot(Vector a, Vector b, F c) { return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b); }
+  static F dot(Vector a, Vector b, F c) { return pair_dot(a, b, c); }
   static void store_query(const Unpacker& unpacker, const float* q, Element* out) {
     unpacker.arrange((I)_mm512_cvtne2ps_pbh(KVQ_ISA::load(q + kWidth), KVQ_ISA::load(q)), out);
   }

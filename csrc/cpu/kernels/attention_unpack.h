@@ -156,15 +156,17 @@ struct Single {
 };
 
 /// Asks for the next block while this one is unpacked, line after line: order lets the processor's
-/// own prefetcher join in, and more than a few lines at once would stall.
+/// own prefetcher join in, and many lines at once would stall.
 struct Ahead {
   const uint8_t* from = nullptr;  ///< what this slab asks for; null: nothing
   int64_t token_bytes = 0;        ///< of it, per token unpacked
-  int every = 1;                  ///< tokens per line
 
-  void ask(int token) const {
-    for (int64_t i = 0; i < token_bytes * every; i += 64) {
-      __builtin_prefetch(from + token * token_bytes + i);
+  /// The share of tokens [first, first + count).
+  void ask(int first, int count) const {
+    if (!from) return;
+    const int64_t end = (first + count) * token_bytes;
+    for (int64_t i = (first * token_bytes + 63) & -64; i < end; i += 64) {
+      __builtin_prefetch(from + i);
     }
   }
 };
@@ -263,7 +265,7 @@ template <int Bits, typename Map, bool Halves = false>
 void unpack_columns(const uint8_t* const* rows, int64_t offset, const Ahead& ahead, float* out) {
   const Map map;
   for (int t = 0; t < kBlockTokens; t += kWidth) {
-    for (int i = 0; ahead.from && i < kWidth; i += ahead.every) ahead.ask(t + i);
+    ahead.ask(t, kWidth);
     I words[Bits];
     unroll<(Bits + 3) / 4>([&](auto chunk) {
       constexpr int kFirst = chunk * 4, kWords = Bits - kFirst < 4 ? Bits - kFirst : 4;
@@ -419,12 +421,8 @@ template <int Bits, typename Map, bool Halves = false>
 void unpack_rows(const uint8_t* const* rows, int64_t offset, int tokens, const Ahead& ahead,
                  float* out) {
   const Map map;
-  int asked = ahead.from ? 0 : tokens;
   for (int t = 0; t < tokens; ++t, out += kSlab) {
-    if (t == asked) {
-      ahead.ask(t);
-      asked += ahead.every;
-    }
+    if (t % 4 == 0) ahead.ask(t, 4);
     if constexpr (requires { Map::kFlip; }) {
       for (int j = 0; j < kSlab; j += kWidth) {
         store(out + j, to_float(signed_byte_lanes<Map::kFlip>(rows[t] + offset + j)));
