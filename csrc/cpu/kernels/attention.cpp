@@ -156,32 +156,42 @@ class Worker {
 
   /// Scores of a row to weights; rescales its sums where the maximum has risen.
   void weigh(int64_t r, int64_t position) {
-    float* s = scores_ + r * kBlockTokens;
+    constexpr int kVectors = kBlockTokens / kWidth;
+    float* scores = scores_ + r * kBlockTokens;
+    F s[kVectors];
     const F scale = splat(args_.scale), shift = splat(shift_[r]), cap = splat(args_.softcap);
-    for (int t = 0; t < kBlockTokens; t += kWidth) {
-      F x = fma(load(s + t), scale, shift);
-      if (args_.softcap > 0) x = cap * hyperbolic_tangent(x / cap);
-      store(s + t, x);
+    for (int i = 0; i < kVectors; ++i) s[i] = fma(load(scores + i * kWidth), scale, shift);
+    if (args_.softcap > 0) {
+      for (F& x : s) x = cap * hyperbolic_tangent(x / cap);
     }
-    int64_t begin = begin_[r] - position, end = end_[r] - position;
-    end = end < tokens_ ? end : tokens_;
-    if (args_.mask.kind != MaskKind::none) add_mask(r, position, begin, end);
-    for (int64_t t = 0; t < begin && t < kBlockTokens; ++t) s[t] = -kInfinity;
-    for (int64_t t = end > 0 ? end : 0; t < kBlockTokens; ++t) s[t] = -kInfinity;
+    const int64_t begin = begin_[r] - position, end = end_[r] - position;
+    if (args_.mask.kind != MaskKind::none || begin > 0 || end < kBlockTokens) {
+      for (int i = 0; i < kVectors; ++i) store(scores + i * kWidth, s[i]);
+      hide(r, position, begin, end < tokens_ ? end : tokens_);
+      for (int i = 0; i < kVectors; ++i) s[i] = load(scores + i * kWidth);
+    }
 
-    F top = load(s);
-    for (int t = kWidth; t < kBlockTokens; t += kWidth) top = maximum(top, load(s + t));
+    F top = s[0];
+    for (int i = 1; i < kVectors; ++i) top = maximum(top, s[i]);
     if (any_less(splat(result_.maximum[r]), top)) raise_maximum(r, largest(top));
     // A row that sees nothing yet has no maximum to subtract; its weights are zeros all the same.
     const float highest = result_.maximum[r];
     const F base = splat(highest == -kInfinity ? 0.0f : highest);
     F total = load(weight_lanes_ + r * kWidth);
-    for (int t = 0; t < kBlockTokens; t += kWidth) {
-      const F weight = exponential(load(s + t) - base);
-      store(s + t, weight);
+    for (int i = 0; i < kVectors; ++i) {
+      const F weight = exponential(s[i] - base);
+      store(scores + i * kWidth, weight);
       total = total + weight;
     }
     store(weight_lanes_ + r * kWidth, total);
+  }
+
+  /// Adds the mask, and takes scores outside [begin, end) of the block out of sight.
+  void hide(int64_t r, int64_t position, int64_t begin, int64_t end) {
+    float* s = scores_ + r * kBlockTokens;
+    if (args_.mask.kind != MaskKind::none) add_mask(r, position, begin, end);
+    for (int64_t t = 0; t < begin && t < kBlockTokens; ++t) s[t] = -kInfinity;
+    for (int64_t t = end > 0 ? end : 0; t < kBlockTokens; ++t) s[t] = -kInfinity;
   }
 
   void raise_maximum(int64_t r, float highest) {
@@ -254,6 +264,7 @@ class Worker {
   /// What was kept per lane goes where it belongs.
   void collect(int64_t r) {
     result_.weight[r] = sum(load(weight_lanes_ + r * kWidth));
+    for (int slab = 0; slab < v_.slabs(); ++slab) v_.unpacker().restore(result_.slab(slab, r));
     if (!v_.has_bias()) return;
     for (int slab = 0; slab < v_.slabs(); ++slab) {
       const F total = splat(sum(load(bias_lanes_ + (v_.group(slab) * task_.rows + r) * kWidth)));

@@ -8,19 +8,46 @@ namespace kvq::cpu::KVQ_ISA {
 
 constexpr int kMaxSlabs = kMaxHeadDim / kSlab;
 
-/// Columns [first, first + Columns) of in[64][groups] to out[group][64].
-template <int Columns>
-void transpose_columns(const float* in, int groups, int first, float* out) {
-  const uint8_t* rows[kBlockTokens];
-  for (int t = 0; t < kBlockTokens; ++t) {
-    rows[t] = reinterpret_cast<const uint8_t*>(in + t * groups + first);
+/// Every Nth lane of N vectors: out[i] holds lanes i, i + N, ...
+template <int N>
+[[gnu::always_inline]] inline void unzip_all(const F* in, F* out) {
+  if constexpr (N == 1) {
+    out[0] = in[0];
+  } else {
+    F halves[2][N / 2], done[2][N / 2];
+    unroll<N / 2>([&](auto i) { unzip(in[2 * i], in[2 * i + 1], halves[0][i], halves[1][i]); });
+    unroll<2>([&](auto odd) { unzip_all<N / 2>(halves[odd], done[odd]); });
+    unroll<N>([&](auto i) { out[i] = done[i % 2][i / 2]; });
   }
+}
+
+/// in[64][Groups] of a dtype to out[group][64].
+template <int Groups, KvqDtype Dtype>
+void unzip_groups(const char* in, float* out) {
+  const int size = dtype_size(Dtype);
   for (int t = 0; t < kBlockTokens; t += kWidth) {
-    I words[4];
-    load_columns<Columns>(rows + t, 0, words);
-    for (int c = 0; c < Columns; ++c) {
-      store(out + (first + c) * kBlockTokens + t, as_float(words[c]));
-    }
+    F mixed[Groups], apart[Groups];
+    unroll<Groups>(
+        [&](auto i) { mixed[i] = load_as(Dtype, in + (t * Groups + i * kWidth) * size); });
+    unzip_all<Groups>(mixed, apart);
+    unroll<Groups>([&](auto i) { store(out + i * kBlockTokens + t, apart[i]); });
+  }
+}
+
+/// in[64][groups] of a dtype to out[group][64]; false, and nothing done, for rare numbers of them.
+template <KvqDtype Dtype>
+bool unzip_groups(const char* in, int groups, float* out) {
+  switch (groups) {
+    case 1:
+      return unzip_groups<1, Dtype>(in, out), true;
+    case 2:
+      return unzip_groups<2, Dtype>(in, out), true;
+    case 4:
+      return unzip_groups<4, Dtype>(in, out), true;
+    case 8:
+      return unzip_groups<8, Dtype>(in, out), true;
+    default:
+      return false;
   }
 }
 
@@ -75,8 +102,10 @@ class Side {
     tokens_ = tokens;
     const int64_t first = slot(position);
     const bool together = first + tokens <= capacity_;
-    for (int t = 0; t < tokens; ++t) {
-      rows_[t] = codes_ + (together ? first + t : slot(position + t)) * codes_stride_;
+    const uint8_t* row = codes_ + first * codes_stride_;
+    for (int t = 0; t < tokens; ++t, row += codes_stride_) rows_[t] = row;
+    for (int t = 0; !together && t < tokens; ++t) {
+      rows_[t] = codes_ + slot(position + t) * codes_stride_;
     }
     for (int t = tokens; t < kBlockTokens; ++t) rows_[t] = rows_[tokens - 1];
     if (tail_bytes_) copy_tails();
@@ -84,9 +113,10 @@ class Side {
       read_block_scales();
     } else if (groups_) {
       read_scales(scales_, scales_stride_, position, together, scale_);
+      multiply_scales(unpacker_.unit());
       if (has_bias()) {
         read_scales(biases_, biases_stride_, position, together, bias_);
-        const F centre = splat(affine_centre(layout_.bits));
+        const F centre = splat(Unpacker::centre(layout_.bits));
         for (int i = 0; i < groups_ * kBlockTokens; i += kWidth) {
           store(bias_ + i, fma(load(scale_ + i), centre, load(bias_ + i)));
         }
@@ -160,32 +190,46 @@ class Side {
   }
 
   void read_scales(const char* data, int64_t stride, int64_t position, bool together, float* out) {
+    const KvqDtype dtype = layout_.scale_dtype;
+    const bool packed = together && stride == groups_ * dtype_size(dtype);
+    if (packed && tokens_ == kBlockTokens) {
+      const char* from = data + slot(position) * stride;
+      const bool done = dtype == KVQ_FLOAT16   ? unzip_groups<KVQ_FLOAT16>(from, groups_, out)
+                        : dtype == KVQ_FLOAT32 ? unzip_groups<KVQ_FLOAT32>(from, groups_, out)
+                                               : unzip_groups<KVQ_BFLOAT16>(from, groups_, out);
+      if (done) return;
+    }
     alignas(64) float in[kBlockTokens * kMaxSlabs];
-    if (together && stride == groups_ * dtype_size(layout_.scale_dtype)) {
-      load_row(data + slot(position) * stride, layout_.scale_dtype, tokens_ * groups_, in);
+    if (packed) {
+      load_row(data + slot(position) * stride, dtype, tokens_ * groups_, in);
     } else {
       for (int t = 0; t < tokens_; ++t) {
-        load_row(data + slot(position + t) * stride, layout_.scale_dtype, groups_,
-                 in + t * groups_);
+        load_row(data + slot(position + t) * stride, dtype, groups_, in + t * groups_);
       }
     }
     const int filled = tokens_ * groups_, all = kBlockTokens * groups_;
     std::memset(in + filled, 0, (all - filled) * sizeof(float));
-    int first = 0;
-    for (; first + 4 <= groups_; first += 4) transpose_columns<4>(in, groups_, first, out);
-    if (groups_ - first == 3) transpose_columns<3>(in, groups_, first, out);
-    if (groups_ - first == 2) transpose_columns<2>(in, groups_, first, out);
-    if (groups_ - first == 1) transpose_columns<1>(in, groups_, first, out);
+    if (unzip_groups<KVQ_FLOAT32>(reinterpret_cast<const char*>(in), groups_, out)) return;
+    for (int g = 0; g < groups_; ++g) {
+      for (int t = 0; t < kBlockTokens; ++t) out[g * kBlockTokens + t] = in[t * groups_ + g];
+    }
+  }
+
+  void multiply_scales(float unit) {
+    if (unit == 1) return;
+    for (int i = 0; i < groups_ * kBlockTokens; i += kWidth) {
+      store(scale_ + i, load(scale_ + i) * splat(unit));
+    }
   }
 
   void read_block_scales() {
     alignas(64) uint16_t in[kMaxSlabs * kBlockTokens];
-    for (int t = 0; t < kBlockTokens; ++t) {
-      for (int g = 0; g < groups_; ++g) {
-        uint16_t half = 0;
-        if (t < tokens_) std::memcpy(&half, rows_[t] + g * unpacker_.slab_stride(), 2);
-        in[g * kBlockTokens + t] = half;
+    for (int g = 0; g < groups_; ++g) {
+      uint16_t* of_group = in + g * kBlockTokens;
+      for (int t = 0; t < tokens_; ++t) {
+        std::memcpy(of_group + t, rows_[t] + g * unpacker_.slab_stride(), 2);
       }
+      std::memset(of_group + tokens_, 0, (kBlockTokens - tokens_) * sizeof(uint16_t));
     }
     load_row(reinterpret_cast<const char*>(in), KVQ_FLOAT16, groups_ * kBlockTokens, scale_);
   }

@@ -186,17 +186,24 @@ inline __m128i load_words(const uint8_t* p) {
 }
 #endif
 
+#if defined(__AVX512F__)
+/// Words 32-bit words of 4 rows, every fourth of 16, 128 bits each.
+template <int Words>
+[[gnu::always_inline]] inline I load_every_fourth(const uint8_t* const* row, int64_t offset) {
+  __m512i x = _mm512_castsi128_si512(load_words<Words>(row[0] + offset));
+  x = _mm512_inserti32x4(x, load_words<Words>(row[4] + offset), 1);
+  x = _mm512_inserti32x4(x, load_words<Words>(row[8] + offset), 2);
+  return _mm512_inserti32x4(x, load_words<Words>(row[12] + offset), 3);
+}
+#endif
+
 /// Words 32-bit words at the same offset of kWidth rows, transposed: out[w] holds word w of each.
 template <int Words>
 [[gnu::always_inline]] inline void load_columns(const uint8_t* const* row, int64_t offset, I* out) {
 #if defined(__AVX512F__)
-  const auto four = [&](int t) {
-    __m512i x = _mm512_castsi128_si512(load_words<Words>(row[t] + offset));
-    x = _mm512_inserti32x4(x, load_words<Words>(row[t + 4] + offset), 1);
-    x = _mm512_inserti32x4(x, load_words<Words>(row[t + 8] + offset), 2);
-    return _mm512_inserti32x4(x, load_words<Words>(row[t + 12] + offset), 3);
-  };
-  const __m512i a = four(0), b = four(1), c = four(2), d = four(3);
+  const I a = load_every_fourth<Words>(row, offset), b = load_every_fourth<Words>(row + 1, offset);
+  const I c = load_every_fourth<Words>(row + 2, offset);
+  const I d = load_every_fourth<Words>(row + 3, offset);
   const __m512i ab = _mm512_unpacklo_epi32(a, b), cd = _mm512_unpacklo_epi32(c, d);
   out[0] = _mm512_unpacklo_epi64(ab, cd);
   if constexpr (Words > 1) out[1] = _mm512_unpackhi_epi64(ab, cd);
@@ -483,10 +490,6 @@ void unpack_fp8_rows(const uint8_t* const* rows, int64_t offset, int tokens, con
   repair_fp8<Format>(rows, offset, tokens, out, [](int t, int i) { return t * kSlab + i; });
 }
 
-/// What is taken off affine codes and given back in the bias: sums of codes that are all positive
-/// would be large numbers that cancel, and lose digits.
-constexpr float affine_centre(int bits) { return bits == 8 ? 128.0f : bits == 4 ? 7.5f : 1.5f; }
-
 // ---- What attention_side.h sees.
 
 /// How one side's rows are laid out in slabs, and how to unpack one to floats.
@@ -513,11 +516,19 @@ class FloatUnpacker {
   }
   static constexpr int padded_tokens(int tokens) { return (tokens + 3) & ~3; }
 
+  /// What an affine code stands for is the code minus this, given back in the bias: sums of codes
+  /// that are all positive would be large numbers that cancel, and lose digits.
+  static constexpr float centre(int bits) { return bits == 8 ? 128.0f : bits == 4 ? 7.5f : 1.5f; }
+  /// What scales are to be multiplied by.
+  static constexpr float unit() { return 1; }
+  /// Puts 32 sums of rows in the order of values.
+  static void restore(float*) {}
+
  private:
   void choose(const Layout& layout) {
     switch (layout.family) {
       case KVQ_FAMILY_AFFINE:
-        // Codes minus affine_centre.
+        // Codes minus centre.
         if (layout.bits == 8) return set<8, SignedByte<0x80>>();
         if (layout.bits == 4) return set<4, Integer<4, 15>>();
         return set<2, Integer<2, 3>>();

@@ -24,6 +24,9 @@
 
 namespace kvq::cpu::KVQ_ISA {
 
+/// For lambdas that must not become calls: what they capture would have to live in memory.
+#define KVQ_INLINE __attribute__((always_inline))
+
 /// Calls f with std::integral_constant 0 .. N-1: a loop whose index is a constant.
 template <int N, typename Function>
 [[gnu::always_inline]] inline void unroll(Function&& f) {
@@ -74,6 +77,14 @@ inline F select_less(F a, F b, F then, F otherwise) {
 inline bool any_less(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ) != 0; }
 inline F gather(const float* table, I index) { return _mm512_i32gather_ps(index, table, 4); }
 inline F half_lanes(I x) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(x)); }
+inline F load_halves(const void* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
+}
+inline void unzip(F a, F b, F& even, F& odd) {
+  const I lanes = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+  even = _mm512_permutex2var_ps(a, lanes, b);
+  odd = _mm512_permutex2var_ps(a, add_int(lanes, splat_int(1)), b);
+}
 inline float sum(F x) { return _mm512_reduce_add_ps(x); }
 inline float largest(F x) { return _mm512_reduce_max_ps(x); }
 
@@ -122,6 +133,16 @@ inline F gather(const float* table, I index) { return _mm256_i32gather_ps(table,
 inline F half_lanes(I x) {
   const __m256i packed = _mm256_packus_epi32(x, x);
   return _mm256_cvtph_ps(_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
+}
+inline F load_halves(const void* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+}
+inline void unzip(F a, F b, F& even, F& odd) {
+  const auto in_order = [](F x) {
+    return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(x), 0xd8));
+  };
+  even = in_order(_mm256_shuffle_ps(a, b, 0x88));
+  odd = in_order(_mm256_shuffle_ps(a, b, 0xdd));
 }
 inline float sum(F x) {
   __m128 y = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
@@ -213,6 +234,15 @@ inline F half_lanes(I x) {
   return y;
 #endif
 }
+inline F load_halves(const void* p) {
+  uint16_t x[4];
+  std::memcpy(x, p, sizeof x);
+  return F{half_to_float(x[0]), half_to_float(x[1]), half_to_float(x[2]), half_to_float(x[3])};
+}
+inline void unzip(F a, F b, F& even, F& odd) {
+  even = F{a[0], a[2], b[0], b[2]};
+  odd = F{a[1], a[3], b[1], b[3]};
+}
 inline float sum(F x) { return (x[0] + x[2]) + (x[1] + x[3]); }
 inline float largest(F x) {
   const float a = x[0] > x[1] ? x[0] : x[1], b = x[2] > x[3] ? x[2] : x[3];
@@ -220,6 +250,23 @@ inline float largest(F x) {
 }
 
 #endif
+
+// load_halves: kWidth float16 numbers. unzip: the lanes with even and odd numbers of a, then b.
+
+/// kWidth numbers of a dtype.
+inline F load_as(KvqDtype dtype, const char* p) {
+  if (dtype == KVQ_FLOAT16) return load_halves(p);
+  if (dtype == KVQ_FLOAT32) {
+    float x[kWidth];
+    std::memcpy(x, p, sizeof x);
+    return load(x);
+  }
+  uint16_t x[kWidth];
+  std::memcpy(x, p, sizeof x);
+  float y[kWidth];
+  for (int i = 0; i < kWidth; ++i) y[i] = bfloat_to_float(x[i]);
+  return load(y);
+}
 
 /// kWidth floats to bfloat16, rounded to nearest even; a NaN stays one.
 inline void store_bfloat(char* p, F x) {
