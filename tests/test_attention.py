@@ -175,6 +175,15 @@ def test_odd_and_large_head_dims(device, head_dim):
         make(KVFormat("tq3"), head_dim=head_dim, queries=2).check(device)
 
 
+@pytest.mark.parametrize("share", [1, 2, 3, 4, 7, 8])
+@pytest.mark.parametrize("fmt", SOME_FORMATS, ids=str)
+def test_shares_in_bfloat16(device, fmt, share):
+    """bfloat16 queries have kernels of their own where the processor multiplies such pairs."""
+    for length, head_dim in ((127, 64), (64, 192), (9, 96)):
+        fits = head_dim if holds(fmt, head_dim) else 128
+        make(fmt, share=share, length=length, head_dim=fits, dtype=torch.bfloat16).check(device)
+
+
 @pytest.mark.parametrize("share", [1, 2, 4, 8])
 @pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize("queries", [1, 2, 5, 33])
@@ -441,14 +450,32 @@ def test_error_is_at_most_twice_sdpa_error(device, fmt, dtype, queries):
     assert ours.abs().max() <= 2 * theirs.abs().max() + 0.5 * rounding
 
 
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("fmt", [f for f in ALL_FORMATS if f.group_size in (0, 32, 128)], ids=str)
+def test_error_where_few_tokens_matter(device, fmt, dtype):
+    """Queries along some keys: their scores are large, and an error all codes share would show."""
+    case = make(fmt, head_dim=128, queries=2, length=300, capacity=300, dtype=dtype, share=4)
+    dense = [reference_dequantize(p, fmt).double() for p in (case.keys, case.values)]
+    heads = torch.arange(8)
+    case.query = torch.stack([dense[0][:, heads // 4, 30 * heads + i] for i in (5, 9)], 2).to(dtype)
+    exact, _ = case.expected()
+    mask = torch.ones(2, 300, dtype=torch.bool).tril(298)
+    rounded = [t.to(dtype) for t in dense]
+    peer = scaled_dot_product_attention(case.query, *rounded, attn_mask=mask, enable_gqa=True)
+    out, _ = case.run(device)
+    ours, theirs = out.double() - exact, peer.double() - exact
+    assert ours.square().mean().sqrt() <= 2 * theirs.square().mean().sqrt()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
 @pytest.mark.parametrize("fmt", [*SOME_FORMATS, KVFormat("fp8_e5m2", 32)], ids=str)
 @pytest.mark.parametrize("where", ["k", "v", "q"])
-def test_nan_is_never_hidden(device, fmt, where):
-    case = make(fmt, head_dim=64, queries=2, length=100)
+def test_nan_is_never_hidden(device, fmt, where, dtype):
+    case = make(fmt, head_dim=64, queries=2, length=100, dtype=dtype)
     if where == "q":
         case.query[0, 1, 1, 3] = torch.nan
     else:
-        x = normal(1, 2, 150, 64, seed=9)
+        x = normal(1, 2, 150, 64, seed=9, dtype=dtype)
         x[0, 1, 40, 5] = torch.nan
         packed = reference_quantize(x, fmt)
         case.keys, case.values = (packed, case.values) if where == "k" else (case.keys, packed)
@@ -462,24 +489,28 @@ def test_nan_is_never_hidden(device, fmt, where):
     assert where == "v" or lse[:, 2:].isnan().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
 @pytest.mark.parametrize("queries", [1, 90])
 @pytest.mark.parametrize("name", ["fp8_e4m3", "fp8_e5m2"])
-def test_every_fp8_code(device, name, queries):
+def test_every_fp8_code(device, name, queries, dtype):
     """Codes that no encoder writes too: NaN and infinity decode to themselves."""
     codes = torch.arange(256, dtype=torch.uint8).view(1, 1, 4, 64)
     scales = torch.full((1, 1, 4, 1), 0.5, dtype=torch.float16)
     packed = Packed(codes, scales, scales[..., :0])
     values = reference_dequantize(packed, KVFormat(name))
     for token in range(4):
-        case = make(KVFormat("none"), KVFormat(name), queries=queries, groups=1, share=1)
+        case = make(
+            KVFormat("none"), KVFormat(name), queries=queries, groups=1, share=1, dtype=dtype
+        )
         case.values = packed
         case.keys = Packed(*(t[:, :, :4] for t in case.keys))
         bounds = {"kv_start": torch.tensor(token), "kv_end": torch.tensor(token + 1)}
         case.length = torch.tensor(4)
         out, _ = case.run(device, causal=False, **bounds)
         want = values[0, 0, token].expand(queries, 64)
-        assert torch.equal(out[0, 0].isnan(), want.isnan())
-        assert torch.equal(out[0, 0].nan_to_num(0, 1e9, -1e9), want.nan_to_num(0, 1e9, -1e9))
+        out = out[0, 0].float()
+        assert torch.equal(out.isnan(), want.isnan())
+        assert torch.equal(out.nan_to_num(0, 1e9, -1e9), want.nan_to_num(0, 1e9, -1e9))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
@@ -529,7 +560,7 @@ def test_ranges_merge_to_the_whole(device, queries):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("isa", ["baseline", "avx2"])
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_other_instruction_sets(device, isa):
     """The same tests of formats and options with the kernels of lesser processors."""
     if device != "cpu" or platform.machine() != "x86_64":

@@ -181,7 +181,9 @@ def test_info(capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["versions"]["torch"] == torch.__version__
     assert found["devices"]["cpu"]["kernels"] is True
-    assert found["devices"]["cpu"]["instruction_set"] in ("baseline", "avx2", "avx512")
+    assert found["devices"]["cpu"]["instruction_set"] in (
+        "baseline", "avx2", "avx512", "avx512_bf16",
+    )  # fmt: skip
     formats = {entry["name"]: entry["bits_per_element"] for entry in found["formats"]}
     assert list(formats) == list(FORMATS)
     assert formats["int8"] == {"32": 9.0}  # 96 takes groups of 32 only

@@ -464,7 +464,7 @@ def test_instruction_sets_give_the_same_bytes(device: str) -> None:
         pytest.skip("instruction sets are the CPU's")
     code = "from tests.test_quantize import digest; print(digest())"
     results = {}
-    for isa in ("baseline", "avx2", "avx512", "neon"):
+    for isa in ("baseline", "avx2", "avx512", "avx512_bf16", "neon"):
         ran = subprocess.run(
             [sys.executable, "-c", code],
             env={**os.environ, "KVQ_CPU_ISA": isa},

@@ -7,6 +7,8 @@
 namespace kvq::cpu::KVQ_ISA {
 
 constexpr int kMaxSlabs = kMaxHeadDim / kSlab;
+/// Stands for tokens past a block: finite whatever its format, so that a weight of 0 hides it.
+alignas(64) constexpr uint8_t kZeroRow[kMaxHeadDim * sizeof(float)] = {};
 
 /// Every Nth lane of N vectors: out[i] holds lanes i, i + N, ...
 template <int N>
@@ -107,7 +109,7 @@ class Side {
     for (int t = 0; !together && t < tokens; ++t) {
       rows_[t] = codes_ + slot(position + t) * codes_stride_;
     }
-    for (int t = tokens; t < kBlockTokens; ++t) rows_[t] = rows_[tokens - 1];
+    for (int t = tokens; t < kBlockTokens; ++t) rows_[t] = kZeroRow;
     if (tail_bytes_) copy_tails();
     if (layout_.family == KVQ_FAMILY_Q8_0 || layout_.family == KVQ_FAMILY_Q4_0) {
       read_block_scales();
@@ -132,7 +134,7 @@ class Side {
 
   const Unpacker& unpacker() const { return unpacker_; }
 
-  /// out[value][token], 64 tokens; those past the block are copies of the last.
+  /// out[value][token], 64 tokens; those past the block are something finite.
   void columns(int slab, Element* out) const {
     unpacker_.columns(place(slab), offset(slab), ahead(slab), out);
   }

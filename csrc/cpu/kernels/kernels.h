@@ -108,7 +108,7 @@ struct Kernels {
   void (*attention_gather)(const AttentionArgs&, const AttentionTile&, int64_t begin, int64_t end);
 };
 
-/// The best kernels this processor runs; KVQ_CPU_ISA=baseline|avx2|avx512|neon chooses others.
+/// The best kernels this processor runs; KVQ_CPU_ISA chooses others by their name in dispatch.cpp.
 const Kernels& kernels();
 
 }  // namespace kvq::cpu
