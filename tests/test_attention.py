@@ -603,6 +603,24 @@ def test_threads_do_not_change_a_bit(device, queries, length, dtype):
         assert all(map(torch.equal, other, results[0]))
 
 
+@pytest.mark.parametrize("queries", [1, 16])
+def test_workspace_does_not_grow_with_the_cache(device, queries):
+    """A call allocates its outputs and partial results, whose size no cache length changes."""
+    if device != "cpu":
+        pytest.skip("the profiler counts the CPU's allocations")
+    held = []
+    for length in (20_000, 60_000):
+        keys = Packed(*(t.expand(1, 2, length, -1) for t in reference_quantize(
+            normal(1, 2, 1, 64, dtype=torch.bfloat16), INT4)))  # fmt: skip
+        case = Case(normal(1, 8, queries, 64, dtype=torch.bfloat16), keys, keys,
+                    torch.tensor(length), INT4, INT4)  # fmt: skip
+        case.run(device)
+        with torch.profiler.profile(profile_memory=True) as profile:
+            case.run(device)
+        held.append(sum(max(0, e.self_cpu_memory_usage) for e in profile.events()))
+    assert held[0] == held[1] and 0 < held[0] < 2 << 20, held
+
+
 @pytest.mark.parametrize("shape", [{"queries": 0}, {"batch": 0}])
 def test_empty_inputs(device, shape):
     out, lse = make(INT8, v_dim=128, **shape).run(device)
