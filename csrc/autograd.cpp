@@ -4,8 +4,9 @@
 #include <torch/library.h>
 
 TORCH_LIBRARY_IMPL(kvq, Autograd, m) {
-  for (const char* op : {"quantize", "dequantize", "qdq", "hadamard", "mlx_native_dequantize",
-                         "attention", "attention.int"}) {
+  for (const char* op :
+       {"quantize", "dequantize", "qdq", "hadamard", "mlx_native_dequantize", "q4_k_quantize",
+        "q4_k_dequantize", "q4_k_gemv", "q4_k_matmul", "attention", "attention.int"}) {
     m.impl(op, torch::autograd::autogradNotImplementedFallback());
   }
   for (const char* op : {"kv_cache_update_", "kv_cache_update_.int", "quantize_into_",

@@ -44,6 +44,15 @@ TORCH_LIBRARY(kvq, m) {
       "float scale_factor_d512=1.0, Tensor? signs=None, bool rotate_back=False, SymInt start=0, "
       "SymInt? length=None) -> Tensor");
 
+  m.def("q4_k_quantize(Tensor w) -> Tensor");
+  m.def("q4_k_dequantize(Tensor blocks, *, ScalarType? dtype=None) -> Tensor");
+  m.def(
+      "q4_k_gemv(Tensor x, Tensor blocks, SymInt byte_offset=0, SymInt? rows=None, *, "
+      "bool exact=False) -> Tensor");
+  m.def(
+      "q4_k_matmul(Tensor x, Tensor blocks, SymInt byte_offset=0, SymInt? rows=None, *, "
+      "bool exact=False) -> Tensor");
+
   m.def(
       "attention(Tensor query, Tensor k_codes, Tensor k_scales, Tensor k_biases, "
       "Tensor v_codes, Tensor v_scales, Tensor v_biases, Tensor kv_length, "

@@ -116,6 +116,32 @@ def _mlx_native_dequantize(
     return norms.new_empty(codes.shape[0], codes.shape[1], length, head_dim)
 
 
+@register_fake("kvq::q4_k_quantize")
+def _q4_k_quantize(w: torch.Tensor) -> torch.Tensor:
+    return w.new_empty(*w.shape[:-1], w.shape[-1] // 256 * 144, dtype=torch.uint8)
+
+
+@register_fake("kvq::q4_k_dequantize")
+def _q4_k_dequantize(blocks: torch.Tensor, *, dtype: torch.dtype | None = None) -> torch.Tensor:
+    shape = (*blocks.shape[:-1], blocks.shape[-1] // 144 * 256)
+    return blocks.new_empty(shape, dtype=dtype or torch.float32)
+
+
+def _q4_k_product(
+    x: torch.Tensor,
+    blocks: torch.Tensor,
+    byte_offset: int = 0,
+    rows: int | None = None,
+    *,
+    exact: bool = False,
+) -> torch.Tensor:
+    if rows is None and blocks.dim() == 2 and byte_offset == 0:
+        rows = blocks.shape[0]
+    elif rows is None:
+        rows = (blocks.numel() - byte_offset) // (x.shape[-1] // 256 * 144)
+    return x.new_empty(*x.shape[:-1], rows)
+
+
 def _attention(
     query: torch.Tensor,
     k_codes: torch.Tensor,
@@ -140,6 +166,8 @@ def _writes(*args: object, **kwargs: object) -> None:
     return None
 
 
+register_fake("kvq::q4_k_gemv")(_q4_k_product)
+register_fake("kvq::q4_k_matmul")(_q4_k_product)
 for _overload in ("", ".int"):
     register_fake(f"kvq::attention{_overload}")(_attention)
     for _op in ("kv_cache_update_", "quantize_into_", "append_"):

@@ -388,3 +388,80 @@ def mlx_native_dequantize(
         start=start,
         length=length,
     )
+
+
+def q4_k_quantize(w: torch.Tensor) -> torch.Tensor:
+    """GGUF Q4_K super-blocks of weights: 256 values in 144 bytes, 4.5 bits each.
+
+    The scales are searched as llama.cpp's quantize_row_q4_K_ref does. Values are clamped to
+    [-4126752, 61901280], what float16 scales can hold; a NaN makes its super-block NaN.
+
+    Args:
+        w: [..., K], K a multiple of 256.
+
+    Returns:
+        uint8 [..., K / 256 * 144].
+    """
+    return _kvq.q4_k_quantize(w)
+
+
+def q4_k_dequantize(blocks: torch.Tensor, *, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Values of GGUF Q4_K super-blocks, bit for bit the ``gguf`` package's in float32.
+
+    Args:
+        blocks: uint8 [..., K / 256 * 144].
+        dtype: of the result, float32 unless given.
+
+    Returns:
+        [..., K].
+    """
+    return _kvq.q4_k_dequantize(blocks, dtype=dtype)
+
+
+def q4_k_gemv(
+    x: torch.Tensor,
+    blocks: torch.Tensor,
+    byte_offset: int = 0,
+    rows: int | None = None,
+    *,
+    exact: bool = False,
+) -> torch.Tensor:
+    """x @ w.T for one vector x and the Q4_K weights w [N, K], which are never expanded.
+
+    Sums are float32. Unless ``exact``, a CPU may round x to 16-bit integers, relative to the
+    largest of each 256 values: an error of at most 2**-16 of that value per element.
+
+    Args:
+        x: [K] or [..., K] with one vector, K a multiple of 256.
+        blocks: uint8 [N, K / 256 * 144], rows contiguous; or any contiguous buffer, a memory-mapped
+            file for instance, of which nothing is copied.
+        byte_offset: where the first row starts in a buffer, even.
+        rows: N, for a buffer; all that follow byte_offset unless given.
+        exact: multiply x as it is.
+
+    Returns:
+        [..., N] in x's dtype.
+    """
+    return _kvq.q4_k_gemv(x, blocks, byte_offset, rows, exact=exact)
+
+
+def q4_k_matmul(
+    x: torch.Tensor,
+    blocks: torch.Tensor,
+    byte_offset: int = 0,
+    rows: int | None = None,
+    *,
+    exact: bool = False,
+) -> torch.Tensor:
+    """x @ w.T for any number of vectors x; arguments are those of :func:`q4_k_gemv`.
+
+    Up to 8 vectors share each super-block that is decoded. For more, tiles of w are dequantised
+    into a workspace of a few MiB.
+
+    Args:
+        x: [..., K].
+
+    Returns:
+        [..., N] in x's dtype.
+    """
+    return _kvq.q4_k_matmul(x, blocks, byte_offset, rows, exact=exact)

@@ -18,6 +18,9 @@ F16_MAX = 65504.0
 #: Inputs are clamped to these before arithmetic on them could overflow float32.
 LIMIT = 2.0**126
 ROTATED_LIMIT = 2.0**56
+#: The least and the largest value of a Q4_K block with float16 scales, and the least span of a
+#: sub-block whose scale is not 0.
+Q4_K_LOWEST, Q4_K_HIGHEST, Q4_K_LEAST_SPAN = -63 * F16_MAX, 945 * F16_MAX, 2.0**-30
 FP8 = {"fp8_e4m3": (torch.float8_e4m3fn, 448.0), "fp8_e5m2": (torch.float8_e5m2, 57344.0)}
 
 
@@ -477,3 +480,106 @@ def mlx_native_dequantize(
     factor = factor.repeat_interleave(head_dim // norms.shape[-1], -1)
     y = table.to(codes.device)[index] * factor
     return hadamard(y, signs, inverse=True) if rotate_back else y
+
+
+def _q4_k_search(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and minimum, both >= 0, of sub-blocks [..., 32]: x is about scale * q - minimum.
+
+    llama.cpp's make_qkx2_quants with its parameters for Q4_K: of 22 grids the one of least squared
+    error weighted by rms(x) + |x|; each after the first is fitted to the codes it gives. Sums run
+    in the order of _sum32, where llama.cpp adds one element after the other.
+    """
+    low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True)
+    weights = (_sum32(x * x) / 32).sqrt() + x.abs()
+    sum_w, sum_x = _sum32(weights), _sum32(weights * x)
+    flat = high - low < Q4_K_LEAST_SPAN
+    span = torch.where(flat, torch.ones_like(low), high - low)
+
+    def fit(numerator: torch.Tensor) -> torch.Tensor:
+        return ((numerator / span) * (x - low)).clamp(0, 15).round()
+
+    def error(q: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor) -> torch.Tensor:
+        difference = (scale * q + minimum) - x
+        return _sum32(weights * (difference * difference))
+
+    numerator = torch.tensor(15.0)
+    scale, minimum = 1 / (numerator / span), low
+    best = error(fit(numerator), scale, minimum)
+    for step in range(21):
+        q = fit(torch.tensor(0.1) * step + 14)
+        weighted = weights * q
+        sum_q, sum_q2, sum_xq = _sum32(weighted), _sum32(weighted * q), _sum32(weighted * x)
+        determinant = sum_w * sum_q2 - sum_q * sum_q
+        new_scale = (sum_w * sum_xq - sum_x * sum_q) / determinant
+        new_minimum = (sum_q2 * sum_x - sum_q * sum_xq) / determinant
+        positive = new_minimum > 0
+        new_scale = torch.where(positive, sum_xq / sum_q2, new_scale)
+        new_minimum = torch.where(positive, torch.zeros_like(low), new_minimum)
+        new_error = error(q, new_scale, new_minimum)
+        better = (determinant > 0) & (new_error < best)
+        best = torch.where(better, new_error, best)
+        scale = torch.where(better, new_scale, scale)
+        minimum = torch.where(better, new_minimum, minimum)
+    return torch.where(flat, torch.zeros_like(scale), scale).clamp_min(0), 0 - minimum
+
+
+def _six_bits(x: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
+    """Eight values [..., 8, 1] >= 0 as multiples, 0 to 63, of their largest over 63."""
+    inverse = torch.where(top > 0, 63 / top, torch.zeros_like(top))
+    return (inverse * x).clamp(0, 63).round()
+
+
+def q4_k_quantize(w):
+    """GGUF Q4_K super-blocks, as llama.cpp's quantize_row_q4_K_ref chooses them.
+
+    Values are clamped to what float16 scales can hold. A super-block with a NaN has NaN scales.
+    """
+    x = w.float().clamp(Q4_K_LOWEST, Q4_K_HIGHEST).unflatten(-1, (-1, 8, 32))
+    nan = x.isnan().flatten(-2).any(-1, keepdim=True).unsqueeze(-1)
+    x = torch.where(nan, torch.zeros_like(x), x)
+    scales, minima = _q4_k_search(x)
+    tops = [t.amax(-2, keepdim=True) for t in (scales, minima)]
+    sc, m = _six_bits(scales, tops[0]), _six_bits(minima, tops[1])
+    d, dmin = (round_scale(top / 63, torch.float16) for top in tops)
+    step, offset = d.float() * sc, dmin.float() * m
+    q = torch.where(step == 0, torch.zeros_like(x), (x + offset) / step).clamp(0, 15).round()
+    q = q.to(torch.uint8).unflatten(-2, (4, 2))
+    codes = (q[..., 0, :] | (q[..., 1, :] << 4)).flatten(-2)
+    sc, m = sc.squeeze(-1).to(torch.uint8), m.squeeze(-1).to(torch.uint8)
+    packed = torch.cat(
+        [
+            sc[..., :4] | ((sc[..., 4:] >> 4) << 6),
+            m[..., :4] | ((m[..., 4:] >> 4) << 6),
+            (sc[..., 4:] & 15) | ((m[..., 4:] & 15) << 4),
+        ],
+        dim=-1,
+    )
+    header = torch.cat([d, dmin], dim=-1).squeeze(-2)
+    header = torch.where(nan.squeeze(-1), torch.nan, header).view(torch.uint8)
+    return torch.cat([header, packed, codes], dim=-1).flatten(-2)
+
+
+def q4_k_dequantize(blocks, dtype=None):
+    """Values of Q4_K super-blocks: (d * sc) * q - dmin * m in float32."""
+    block = blocks.unflatten(-1, (-1, 144))
+    d, dmin = block[..., :4].contiguous().view(torch.float16).float().unsqueeze(-1).unbind(-2)
+    low, mid, high = block[..., 4:16].unflatten(-1, (3, 4)).unbind(-2)
+    sc = torch.cat([low & 63, (high & 15) | ((low >> 6) << 4)], dim=-1)
+    m = torch.cat([mid & 63, (high >> 4) | ((mid >> 6) << 4)], dim=-1)
+    codes = block[..., 16:].unflatten(-1, (4, 1, 32))
+    q = torch.cat([codes & 15, codes >> 4], dim=-2).flatten(-3, -2)
+    values = (d * sc).unsqueeze(-1) * q - (dmin * m).unsqueeze(-1)
+    return to_dtype(values.flatten(-3), dtype or torch.float32)
+
+
+def q4_k_gemv(x, blocks, byte_offset=0, rows=None, *, exact=False):
+    """x @ w.T in float64 of the weights that the blocks hold, rounded once; ``exact`` or not."""
+    row = x.shape[-1] // 256 * 144
+    if blocks.dim() != 2 or byte_offset or rows is not None:
+        buffer = blocks.flatten()[byte_offset:]
+        rows = buffer.numel() // row if rows is None else rows
+        blocks = buffer[: rows * row].view(rows, row)
+    return (x.double() @ q4_k_dequantize(blocks).double().T).to(x.dtype)
+
+
+q4_k_matmul = q4_k_gemv

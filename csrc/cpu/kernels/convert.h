@@ -122,7 +122,8 @@ inline void load_row(const char* p, KvqDtype dtype, int64_t n, float* out) {
   }
   int64_t i = 0;
 #if defined(__F16C__)
-  for (; i + 8 <= n; i += 8) {
+  const int64_t whole = n & ~int64_t{7};
+  for (; i < whole; i += 8) {
     const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i));
     _mm256_storeu_ps(out + i, _mm256_cvtph_ps(h));
   }
@@ -141,7 +142,8 @@ inline void store_row(const float* x, KvqDtype dtype, int64_t n, char* out, bool
 #if defined(__F16C__)
   if (dtype == KVQ_FLOAT16) {
     const __m256 limit = _mm256_set1_ps(largest), low = _mm256_set1_ps(-largest);
-    for (; i + 8 <= n; i += 8) {
+    const int64_t whole = n & ~int64_t{7};
+    for (; i < whole; i += 8) {
       // The operand order keeps NaN: min and max return their second operand then.
       const __m256 v = _mm256_max_ps(low, _mm256_min_ps(limit, _mm256_loadu_ps(x + i)));
       _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 2 * i),

@@ -93,6 +93,7 @@ struct MlxNativeArgs {
 
 struct AttentionArgs;  // attention.h
 struct AttentionTile;
+struct Q4KKernels;  // q4_k.h
 
 /// One instruction set's kernels. [begin, end) counts vectors (batch-major, then head, token).
 struct Kernels {
@@ -106,6 +107,7 @@ struct Kernels {
   void (*attention_merge)(const AttentionArgs&, int64_t begin, int64_t end);
   void (*attention_unpack)(const AttentionArgs&, const AttentionTile&, int64_t begin, int64_t end);
   void (*attention_gather)(const AttentionArgs&, const AttentionTile&, int64_t begin, int64_t end);
+  const Q4KKernels* q4_k;
 };
 
 /// The best kernels this processor runs; KVQ_CPU_ISA chooses others by their name in dispatch.cpp.

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernels.h"
+#include "q4_k.h"
 
 namespace kvq::cpu::KVQ_ISA {
 
@@ -15,6 +16,14 @@ void attention_unpack(const AttentionArgs& args, const AttentionTile& tile, int6
                       int64_t end);
 void attention_gather(const AttentionArgs& args, const AttentionTile& tile, int64_t begin,
                       int64_t end);
+
+void q4_k_quantize(const Q4KCodecArgs& args, int64_t begin, int64_t end);
+void q4_k_dequantize(const Q4KCodecArgs& args, int64_t begin, int64_t end);
+bool q4_k_to_integers(const Q4KProductArgs& args);
+void q4_k_to_floats(const Q4KProductArgs& args);
+void q4_k_gemv_integers(const Q4KProductArgs& args, int64_t begin, int64_t end);
+void q4_k_gemv_floats(const Q4KProductArgs& args, int64_t begin, int64_t end);
+void q4_k_multiply(const Q4KProductArgs& args, int64_t begin, int64_t end);
 
 extern const Kernels table;
 
