@@ -35,6 +35,7 @@ def overload(name: str) -> torch._ops.OpOverload:
 
 def test_schemas_are_the_design_s() -> None:
     functional = {"quantize", "dequantize", "qdq", "hadamard", "mlx_native_dequantize"}
+    functional |= {"q4_k_quantize", "q4_k_dequantize", "q4_k_gemv", "q4_k_matmul"}
     assert {base(n) for n in NAMES} >= functional | {"attention", *MUTATING}
     with_position = {n.removeprefix("kvq::") for n in NAMES if n.endswith(".int")}
     assert with_position == {f"{op}.int" for op in (*MUTATING, "attention")}
@@ -126,6 +127,19 @@ def samples(name: str) -> list[tuple[tuple, dict]]:
                 ((codes, norms, 4), {"signs": signs, "rotate_back": True}),
                 ((codes, norms, 8), {"start": 1, "length": 2, "codebook": torch.ones(256)}),
             ]
+        case "q4_k_quantize":
+            return [((normal(3, 512),), {}), ((normal(2, 3, 256, dtype=torch.float16),), {})]
+        case "q4_k_dequantize":
+            blocks = torch.zeros(3, 288, dtype=torch.uint8)
+            return [((blocks,), {}), ((blocks,), {"dtype": torch.bfloat16})]
+        case "q4_k_gemv" | "q4_k_matmul":
+            blocks, vector = torch.zeros(5, 288, dtype=torch.uint8), normal(512, dtype=torch.half)
+            buffer = torch.zeros(2000, dtype=torch.uint8)
+            return [
+                ((vector, blocks), {}),
+                ((vector.view(1, 1, 512), buffer, 32), {"rows": 4, "exact": True}),
+                ((vector, buffer[: 288 * 4 + 2], 2), {}),
+            ]
         case "attention":
             query = normal(2, 4, 3, 64, dtype=torch.float16)
             length = 5 if integer else torch.tensor([5, 4])
@@ -178,6 +192,9 @@ def test_backward_raises(name: str, device: str) -> None:
     outputs = overload(name)(*map(with_grad, args), **kwargs)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     floats = [out for out in outputs if out.is_floating_point()]
+    if base(name) in ("q4_k_quantize", "q4_k_dequantize"):  # from or to bytes: nothing to derive
+        assert not any(out.requires_grad for out in outputs)
+        return
     assert floats and all(out.requires_grad for out in floats)
     for out in floats:
         with pytest.raises(RuntimeError, match=rf"kvq::{base(name)}.*not implemented"):

@@ -7,7 +7,8 @@ from torch_kvq import fake as _fake  # noqa: F401
 from torch_kvq import ops
 from torch_kvq.cache import QuantizedKVCache
 from torch_kvq.formats import FORMATS, KVFormat
+from torch_kvq.linear import Q4KLinear
 from torch_kvq.ops import Packed
 
 __version__ = "0.1.0"
-__all__ = ["FORMATS", "KVFormat", "Packed", "QuantizedKVCache", "ops"]
+__all__ = ["FORMATS", "KVFormat", "Packed", "Q4KLinear", "QuantizedKVCache", "ops"]

@@ -486,27 +486,25 @@ def _q4_k_search(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and minimum, both >= 0, of sub-blocks [..., 32]: x is about scale * q - minimum.
 
     llama.cpp's make_qkx2_quants with its parameters for Q4_K: of 22 grids the one of least squared
-    error weighted by rms(x) + |x|; each after the first is fitted to the codes it gives. Sums run
-    in the order of _sum32, where llama.cpp adds one element after the other.
+    error weighted by rms(x) + |x|. A step's codes start at the best minimum so far, and the grid is
+    fitted to them. Sums run in the order of _sum32, where llama.cpp adds one after the other.
     """
     low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True)
-    weights = (_sum32(x * x) / 32).sqrt() + x.abs()
+    weights = (_sum32(x * x) / 32).double().sqrt().float() + x.abs()
     sum_w, sum_x = _sum32(weights), _sum32(weights * x)
-    flat = high - low < Q4_K_LEAST_SPAN
-    span = torch.where(flat, torch.ones_like(low), high - low)
 
-    def fit(numerator: torch.Tensor) -> torch.Tensor:
-        return ((numerator / span) * (x - low)).clamp(0, 15).round()
+    def fit(numerator: torch.Tensor, minimum: torch.Tensor) -> torch.Tensor:
+        return ((numerator / (high - minimum)) * (x - minimum)).clamp(0, 15).round()
 
     def error(q: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor) -> torch.Tensor:
         difference = (scale * q + minimum) - x
         return _sum32(weights * (difference * difference))
 
-    numerator = torch.tensor(15.0)
-    scale, minimum = 1 / (numerator / span), low
-    best = error(fit(numerator), scale, minimum)
+    one, numerator = torch.tensor(1.0), torch.tensor(15.0)
+    scale, minimum = one / (numerator / (high - low)), low
+    best = error(fit(numerator, low), scale, low)
     for step in range(21):
-        q = fit(torch.tensor(0.1) * step + 14)
+        q = fit(torch.tensor(0.1) * step + 14, minimum)
         weighted = weights * q
         sum_q, sum_q2, sum_xq = _sum32(weighted), _sum32(weighted * q), _sum32(weighted * x)
         determinant = sum_w * sum_q2 - sum_q * sum_q
@@ -517,15 +515,18 @@ def _q4_k_search(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         new_minimum = torch.where(positive, torch.zeros_like(low), new_minimum)
         new_error = error(q, new_scale, new_minimum)
         better = (determinant > 0) & (new_error < best)
+        better &= high - new_minimum >= Q4_K_LEAST_SPAN
         best = torch.where(better, new_error, best)
         scale = torch.where(better, new_scale, scale)
         minimum = torch.where(better, new_minimum, minimum)
-    return torch.where(flat, torch.zeros_like(scale), scale).clamp_min(0), 0 - minimum
+    flat = high - low < Q4_K_LEAST_SPAN
+    scale = torch.where(flat, torch.zeros_like(scale), scale.clamp_min(0))
+    return scale, 0 - torch.where(flat, low, minimum)
 
 
 def _six_bits(x: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
     """Eight values [..., 8, 1] >= 0 as multiples, 0 to 63, of their largest over 63."""
-    inverse = torch.where(top > 0, 63 / top, torch.zeros_like(top))
+    inverse = torch.where(top > 0, torch.tensor(63.0) / top, torch.zeros_like(top))
     return (inverse * x).clamp(0, 63).round()
 
 

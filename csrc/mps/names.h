@@ -24,6 +24,8 @@ KernelName dequantize_kernel(KvqDtype out, const Format& format);
 KernelName append_kernel(KvqDtype x);
 KernelName hadamard_kernel(KvqDtype x);
 KernelName mlx_native_kernel();
+/// op: "quantize", "dequantize", "gemv", "few" or "matmul".
+KernelName q4_k_kernel(const char* op, KvqDtype dtype);
 
 /// Every kernel that the functions above can name.
 std::vector<KernelName> codec_kernels();

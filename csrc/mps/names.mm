@@ -62,6 +62,10 @@ KernelName hadamard_kernel(KvqDtype x) {
 
 KernelName mlx_native_kernel() { return {"mlx_native", "kvq_mlx_native_dequantize"}; }
 
+KernelName q4_k_kernel(const char* op, KvqDtype dtype) {
+  return {"q4_k", std::string("kvq_q4_k_") + op + "_" + metal_dtype(dtype)};
+}
+
 std::vector<KernelName> codec_kernels() {
   std::vector<KernelName> names;
   for (const KvqDtype dtype : {KVQ_FLOAT32, KVQ_FLOAT16, KVQ_BFLOAT16}) {
@@ -71,6 +75,9 @@ std::vector<KernelName> codec_kernels() {
     }
     names.push_back(append_kernel(dtype));
     names.push_back(hadamard_kernel(dtype));
+    for (const char* op : {"quantize", "dequantize", "gemv", "few", "matmul"}) {
+      names.push_back(q4_k_kernel(op, dtype));
+    }
   }
   names.push_back(mlx_native_kernel());
   return names;

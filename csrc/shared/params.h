@@ -83,9 +83,19 @@ struct KvqMlxNativeParams {
   float divisor;     ///< D > 256: norms are divided by this
 };
 
+/// kvq_q4_k_gemv_*, kvq_q4_k_few_*, kvq_q4_k_matmul_*
+struct KvqQ4KParams {
+  int64_t row_stride;  ///< bytes between rows of w
+  int32_t columns;     ///< super-blocks in a row, K / 256
+  int32_t m;           ///< vectors x, contiguous [m, K]; the output is contiguous [m, n]
+  int32_t n;           ///< rows of w
+  int32_t reserved;
+};
+
 static_assert(sizeof(KvqStrides) == 24, "host and kernels must agree");
 static_assert(sizeof(KvqWriteSide) == 144, "host and kernels must agree");
 static_assert(sizeof(KvqWriteParams) == 328, "host and kernels must agree");
 static_assert(sizeof(KvqReadParams) == 112, "host and kernels must agree");
 static_assert(sizeof(KvqHadamardParams) == 12, "host and kernels must agree");
 static_assert(sizeof(KvqMlxNativeParams) == 88, "host and kernels must agree");
+static_assert(sizeof(KvqQ4KParams) == 24, "host and kernels must agree");

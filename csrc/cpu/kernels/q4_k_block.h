@@ -94,25 +94,23 @@ struct Grid {
 inline Grid search_grid(const SubBlock& x) {
   const float low = std::min(smallest_lane(smaller(x.a, x.b)), 0.0f);
   const float high = largest_lane(larger(x.a, x.b));
-  const float span = high - low;
-  if (span < KVQ_Q4_K_LEAST_SPAN) return {0, -low};
+  if (high - low < KVQ_Q4_K_LEAST_SPAN) return {0, -low};
   const float rms = std::sqrt(sum32(product(x, x)) / 32);
   const SubBlock weights = each(x, [rms](Lanes v) { return rms + (v < Lanes{} ? -v : v); });
   const float sum_w = sum32(weights), sum_x = sum32(product(weights, x));
-  const SubBlock above = each(x, [low](Lanes v) { return v - low; });
-  const auto fit = [&](float numerator) {
-    const float inverse = numerator / span;
-    return each(above, [inverse](Lanes v) { return nearest_code(inverse * v); });
+  const auto fit = [&](float numerator, float minimum) {
+    const float inverse = numerator / (high - minimum);
+    return each(x, [=](Lanes v) { return nearest_code(inverse * (v - minimum)); });
   };
   const auto error = [&](const SubBlock& q, float scale, float minimum) {
     const SubBlock difference =
         each(q, x, [=](Lanes code, Lanes value) { return (scale * code + minimum) - value; });
     return sum32(product(weights, product(difference, difference)));
   };
-  float scale = 1 / (15 / span), minimum = low;
-  float best = error(fit(15), scale, minimum);
+  float scale = 1 / (15 / (high - low)), minimum = low;
+  float best = error(fit(15, low), scale, low);
   for (int step = 0; step <= 20; ++step) {
-    const SubBlock q = fit(0.1f * static_cast<float>(step) + 14);
+    const SubBlock q = fit(0.1f * static_cast<float>(step) + 14, minimum);
     const SubBlock weighted = product(weights, q);
     const float sum_q = sum32(weighted), sum_q2 = sum32(product(weighted, q)),
                 sum_xq = sum32(product(weighted, x));
@@ -125,7 +123,7 @@ inline Grid search_grid(const SubBlock& x) {
       new_minimum = 0;
     }
     const float new_error = error(q, new_scale, new_minimum);
-    if (new_error < best) {
+    if (new_error < best && high - new_minimum >= KVQ_Q4_K_LEAST_SPAN) {
       best = new_error;
       scale = new_scale;
       minimum = new_minimum;

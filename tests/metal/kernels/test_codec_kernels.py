@@ -32,7 +32,9 @@ from . import codec_launch
 from .codec_launch import METAL, ROOT
 
 MODES = ("fast", "race", "asan")
-LIBRARIES = ("affine", "fp8", "gguf", "turboquant", "dense", "append", "hadamard", "mlx_native")
+LIBRARIES = (
+    "affine", "fp8", "gguf", "turboquant", "dense", "append", "hadamard", "mlx_native", "q4_k",
+)  # fmt: skip
 SCALES = (None, torch.float16, torch.bfloat16, torch.float32)
 
 
