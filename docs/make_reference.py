@@ -9,7 +9,7 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any
 
-from torch_kvq import KVFormat, Packed, QuantizedKVCache, hf, interop, ops
+from torch_kvq import KVFormat, Packed, Q4KLinear, QuantizedKVCache, hf, interop, ops
 
 PAGE = Path(__file__).resolve().parent / "ops.md"
 HEAD = """# Ops reference
@@ -111,7 +111,7 @@ def page() -> str:
     parts = [HEAD, "## torch_kvq.ops\n\n" + markdown(ops.__doc__ or "") + "\n"]
     parts += [entry(f"ops.{name}", thing) for name, thing in functions(ops)]
     parts.append(f"### Packed\n\n{markdown(Packed.__doc__ or '')}\n")
-    parts += [class_entry(kind) for kind in (KVFormat, QuantizedKVCache, hf.KVQCache)]
+    parts += [class_entry(kind) for kind in (KVFormat, QuantizedKVCache, Q4KLinear, hf.KVQCache)]
     parts.append(entry("hf.use", hf.use))
     parts.append("## torch_kvq.interop\n\n" + markdown(interop.__doc__ or "") + "\n")
     parts += [entry(f"interop.{name}", thing) for name, thing in functions(interop)]

@@ -223,6 +223,34 @@ def check_mlx_native(bits: int, head_dim: int, device: str) -> tuple[float, floa
     return worst, 0.0
 
 
+def check_q4_k_quantize(dtype: torch.dtype, size: int, device: str) -> tuple[float, float]:
+    w = sample(1, 2, 9, size, dtype=dtype, special=True)[0]
+    ours = ops.q4_k_quantize(*on(device, w))
+    return mismatches((ours,), (reference.q4_k_quantize(w),)), 0.0
+
+
+def check_q4_k_dequantize(dtype: torch.dtype, size: int, device: str) -> tuple[float, float]:
+    blocks = reference.q4_k_quantize(sample(1, 2, 9, size, special=True)[0])
+    ours = ops.q4_k_dequantize(*on(device, blocks), dtype=dtype)
+    return difference(ours, reference.q4_k_dequantize(blocks, dtype)), 0.0
+
+
+def check_q4_k_product(
+    dtype: torch.dtype, size: int, vectors: int, offset: int, device: str
+) -> tuple[float, float]:
+    """Relative error against float64; the weights lie at a byte offset of a larger buffer."""
+    n = 37
+    blocks = reference.q4_k_quantize(sample(n, size))
+    buffer = torch.full((offset + blocks.numel() + 50,), 255, dtype=torch.uint8)
+    buffer[offset : offset + blocks.numel()] = blocks.flatten()
+    x = sample(vectors, size, dtype=dtype, seed=1)
+    expected = reference.q4_k_matmul(x.double(), blocks)
+    multiply = ops.q4_k_gemv if vectors == 1 else ops.q4_k_matmul
+    out = multiply(*on(device, x, buffer), offset, n, exact=True)
+    error = float((out.cpu().double() - expected).norm() / expected.norm())
+    return error, 2 * ONE_ROUNDING[dtype]
+
+
 def check_attention(
     k_fmt: KVFormat,
     v_fmt: KVFormat,
@@ -297,6 +325,7 @@ def cases(quick: bool) -> Iterator[Case]:
         for d in (256, 512) if quick else (64, 128, 256, 512):
             run = _bind(check_mlx_native, bits, d)
             yield Case("mlx_native_dequantize", f"{bits} bits", torch.float32, d, "", run)
+    yield from _q4_k_cases(quick)
     yield from _attention_cases(formats, head_dims, quick)
 
 
@@ -319,6 +348,21 @@ def _codec_cases(fmt: KVFormat, dtype: torch.dtype, d: int) -> Iterator[Case]:
             ("qdq", check_qdq),
         ):
             yield Case(op, name, dtype, d, "", _bind(check, chosen, dtype, d))
+
+
+def _q4_k_cases(quick: bool) -> Iterator[Case]:
+    for dtype in FLOAT_DTYPES:
+        for size in (512,) if quick else (256, 512, 2304):
+            for op, check in (
+                ("q4_k_quantize", check_q4_k_quantize),
+                ("q4_k_dequantize", check_q4_k_dequantize),
+            ):
+                yield Case(op, "q4_k", dtype, size, "", _bind(check, dtype, size))
+            for vectors in (1, 3, 8, 40):
+                op = "q4_k_gemv" if vectors == 1 else "q4_k_matmul"
+                for offset in (0, 2):
+                    run = _bind(check_q4_k_product, dtype, size, vectors, offset)
+                    yield Case(op, "q4_k", dtype, size, f"M={vectors} offset={offset}", run)
 
 
 def _attention_cases(
