@@ -14,6 +14,7 @@ import platform
 from collections.abc import Callable
 from pathlib import Path
 
+import q4_k
 import torch
 import torch.nn.functional as F
 from timing import copies, interleaved
@@ -271,9 +272,12 @@ OPS = {
 def run_row(args: argparse.Namespace) -> dict:
     """One row: build, check, time."""
     torch.set_num_threads(args.threads)
-    bench, peers = OPS[args.op]
+    peers = q4_k.PEERS[args.op] if args.op in q4_k.PEERS else OPS[args.op][1]
     if args.peer not in peers:
         raise SystemExit(f"--op {args.op} has peers {', '.join(peers)}, not {args.peer!r}")
+    if args.op in q4_k.PEERS:
+        return q4_k.run_row(args)
+    bench, _ = OPS[args.op]
     case = Case(args)
     ours, peer = bench(case, args.peer)
     times = interleaved({"ours": ours, "peer": peer}, budget_s=args.budget)
@@ -291,6 +295,9 @@ def run_row(args: argparse.Namespace) -> dict:
 def show(row: dict, as_json: bool) -> None:
     if as_json:
         print(json.dumps(row), flush=True)
+        return
+    if row["op"] in q4_k.PEERS:
+        q4_k.show(row)
         return
     formats = row["format"] + ("" if row["format"] == row["v_format"] else f"/{row['v_format']}")
     print(
@@ -338,6 +345,12 @@ def all_rows(base: argparse.Namespace) -> list[argparse.Namespace]:
         row(op="dequantize", format=f, peer="memcpy", tokens=4096)
         for f in ("int8-g64", "int4-g64", "q8_0", "q4_0", "fp8_e4m3-g64", "tq4")
     ]
+    for threads in (1, 2):
+        rows += [
+            row(op="q4_k_gemv", peer=peer, threads=threads, exact=exact)
+            for peer in ("torch-bf16", "torch-fp32")
+            for exact in (False, True)
+        ]
     return rows
 
 
@@ -362,7 +375,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--op", choices=OPS, default="attention")
+    parser.add_argument("--op", choices=(*OPS, *q4_k.PEERS), default="attention")
     parser.add_argument("--format", default="int4-g64", help="K's format, and V's unless given")
     parser.add_argument("--v-format", default=None)
     parser.add_argument("--peer", default="torch-folded")
@@ -374,6 +387,9 @@ def main() -> None:
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--queries", type=int, default=1)
+    parser.add_argument("--rows", type=int, default=4096, help="of q4_k weights, N")
+    parser.add_argument("--columns", type=int, default=4096, help="of q4_k weights, K")
+    parser.add_argument("--exact", action="store_true", help="q4_k: multiply x as it is")
     parser.add_argument("--ragged", action="store_true", help="rows of different lengths")
     parser.add_argument("--budget", type=float, default=4.0, help="seconds of timing per row")
     parser.add_argument("--json", action="store_true", help="one JSON object per row")

@@ -47,8 +47,12 @@ def interleaved(
     budget_s: float = 4.0,
     min_rounds: int = 5,
     max_rounds: int = 400,
+    pause_s: float = 0.0,
 ) -> dict[str, Timing]:
-    """Time each f(round) in turn, round after round, until the budget is spent."""
+    """Time each f(round) in turn, round after round, until the budget is spent.
+
+    pause_s: idle time before every call.
+    """
     samples: dict[str, list[float]] = {name: [] for name in functions}
     for function in functions.values():  # touch the memory, build what is built lazily
         function(0)
@@ -58,6 +62,7 @@ def interleaved(
         if number >= min_rounds and time.perf_counter() - start > budget_s:
             break
         for name, function in functions.items():
+            time.sleep(pause_s)
             began = time.perf_counter()
             function(number)
             samples[name].append((time.perf_counter() - began) * 1e3)
