@@ -80,6 +80,8 @@ def parse_name(kernel: str) -> Row | None:
         return {"op": op, "dtype": dtype, "format": _format_of(tag)}
     if match := re.fullmatch(r"kvq_(append|hadamard|attention_merge)_(float|half|bfloat)", kernel):
         return {"op": match[1], "dtype": match[2]}
+    if match := re.fullmatch(r"kvq_(q4_k_\w+)_(float|half|bfloat)", kernel):
+        return {"op": match[1], "dtype": match[2], "format": "q4_k"}
     if kernel == "kvq_mlx_native_dequantize":
         return {"op": "mlx_native_dequantize", "dtype": "float"}
     return None
@@ -100,6 +102,9 @@ def codec_units(library: str, kernels: Iterable[str], pairs: list | None = None)
         settings = _switches("kvq_signs", "kvq_inverse")
     elif ops == {"mlx_native_dequantize"}:
         settings = _switches("kvq_rotate", "kvq_signs")
+    elif library == "q4_k":
+        settings = [{"kvq_aligned": 1, "kvq_vectors": m} for m in (2, 8)]
+        settings.append({"kvq_aligned": 0, "kvq_vectors": 8})
     elif ops == {"append"}:
         for k, v in PAIRS if pairs is None else pairs:
             constants = append_constants(k, v)
