@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
+import io
 import json
 import os
 import subprocess
@@ -163,11 +164,11 @@ def table(points: list[dict[str, Any]], show: Callable[[dict[str, Any]], str]) -
 
 
 def plot(found: dict[str, Any], path: Path) -> None:
-    """Peak bytes against length, both logarithmic."""
+    """Peak bytes against length."""
     import matplotlib
 
     matplotlib.use("svg")
-    matplotlib.rcParams.update({"svg.hashsalt": "kvq", "font.size": 9})
+    matplotlib.rcParams.update({"svg.hashsalt": "kvq", "svg.fonttype": "none", "font.size": 9})
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6.4, 4.2), layout="constrained")
@@ -181,17 +182,18 @@ def plot(found: dict[str, Any], path: Path) -> None:
             style = {"linestyle": ":"}
         x, y = zip(*points, strict=True)
         axes.plot(x, [v / 2**20 for v in y], marker="o", markersize=3, label=name, **style)
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log", base=2)
     lengths = sorted({p["tokens"] for p in found["points"]})
-    axes.set_xticks(lengths, [f"{n // 1024}k" for n in lengths])
-    ticks = [2**i for i in range(4, 12)]
-    axes.set_yticks(ticks, [str(t) for t in ticks])
+    axes.set_xticks(lengths[-4:], [f"{n // 1024}k" for n in lengths[-4:]])
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
     axes.set_xlabel("tokens of the prompt")
     axes.set_ylabel("peak memory of prefill and decode, MiB")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    figure.savefig(path, metadata={"Date": None})
+    drawn = io.StringIO()
+    figure.savefig(drawn, format="svg", metadata={"Date": None})
+    lines = (line.rstrip() for line in drawn.getvalue().splitlines())
+    path.write_text("\n".join(lines) + "\n")
 
 
 def main() -> int:

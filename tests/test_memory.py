@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from tests.test_cache import KINDS, make, tokens
-from torch_kvq import QuantizedKVCache
+from tests.test_serialization import anonymous_bytes
+from torch_kvq import QuantizedKVCache, memory
+from torch_kvq.memory import zeros
 
 
 def allocated(fn: Callable[[], object]) -> tuple[int, object]:
@@ -23,19 +25,20 @@ def allocated(fn: Callable[[], object]) -> tuple[int, object]:
     "k_format,v_format", [("int8", "int4-rot"), ("tq3", "q4_0"), ("none",) * 2]
 )
 @pytest.mark.parametrize("kind", KINDS)
-def test_nbytes_is_what_is_allocated(kind, k_format, v_format):
+def test_nbytes_is_what_is_allocated(kind, k_format, v_format, monkeypatch):
     """After a prompt, a chunk and steps that make it grow; the allocator is asked."""
-    key, value = tokens(90), tokens(90, 1)
+    monkeypatch.setattr(memory, "MAPPED_BYTES", 1 << 40)  # which does not count mapped pages
+    key, value = tokens(60), tokens(60, 1)
 
     def fill() -> QuantizedKVCache:
-        options = {**KINDS[kind], **({"capacity": 96} if "capacity" in KINDS[kind] else {})}
+        options = {**KINDS[kind], **({"capacity": 64} if "capacity" in KINDS[kind] else {})}
         cache = make("cpu", k_format=k_format, v_format=v_format, dtype=torch.float32, **options)
-        for start, end in ((0, 30), (30, 37), *((i, i + 1) for i in range(37, 90))):
+        for start, end in ((0, 30), (30, 37), *((i, i + 1) for i in range(37, 60))):
             cache.append(key[:, :, start:end], value[:, :, start:end])
         return cache
 
     net, cache = allocated(fill)
-    assert isinstance(cache, QuantizedKVCache) and cache.length == 90
+    assert isinstance(cache, QuantizedKVCache) and cache.length == 60
     assert cache.nbytes == net
     storages = {b.untyped_storage().data_ptr(): b.untyped_storage() for b in cache.buffers()}
     assert cache.nbytes == sum(storage.nbytes() for storage in storages.values())
@@ -61,6 +64,36 @@ def test_nbytes_of_a_model_cache(max_cache_len):
                 held = [t for s in states for t in (s.values() if isinstance(s, dict) else s)]
             total += sum(t.untyped_storage().nbytes() for t in held)
         assert cache.nbytes == total > empty
+
+
+def test_unused_capacity_is_not_resident():
+    """On the CPU a static cache takes memory as it fills; nbytes is what it may take."""
+    before = anonymous_bytes()
+    cache = QuantizedKVCache(1, 8, 128, k_format="int8", capacity=1 << 16)
+    assert cache.nbytes > 140 << 20
+    assert anonymous_bytes() - before < 8 << 20
+    key = torch.randn(1, 8, 1 << 13, 128)
+    cache.append(key, key)
+    packed = sum(t[:, :, : 1 << 13].nbytes for t in (*cache.keys, *cache.values))
+    assert packed <= anonymous_bytes() - before < packed + key.nbytes + (24 << 20)
+    assert not cache.k_codes[:, :, 1 << 13 :].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float16, torch.float32, torch.bfloat16])
+def test_zeros(dtype):
+    """Small and mapped ones: shape, dtype, writable, and no file or process shares them."""
+    for shape in ((3, 0, 5), (2, 3, 4), (3, 1, 1 << 15)):
+        x = zeros(*shape, dtype=dtype)
+        assert x.shape == shape and x.dtype == dtype and x.is_contiguous() and not x.any()
+        assert x.untyped_storage().nbytes() == x.numel() * x.itemsize
+        x.fill_(1)
+        assert x.clone().eq(1).all() and x[1:].eq(1).all()
+    with torch.device("meta"):
+        assert zeros(8, 1 << 15, dtype=dtype).device.type == "meta"
+    compiled = torch.compile(
+        lambda: zeros(8, 1 << 15, dtype=dtype), backend="eager", fullgraph=True
+    )
+    assert not compiled().any()
 
 
 def test_a_growing_cache_stays_below_a_dense_one():

@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch.compiler import is_dynamo_compiling
 
+from torch_kvq.memory import zeros
+
 GROUP_SIZES = (32, 64, 128)
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -207,11 +209,9 @@ class KVFormat:
         scale_dtype = scale_dtype or default_scale_dtype(dtype)
         lead = (batch, heads, capacity)
         return (
-            torch.zeros(
-                *lead, self.codes_row(head_dim), dtype=self.codes_dtype(dtype), device=device
-            ),
-            torch.zeros(*lead, self.scales_row(head_dim), dtype=scale_dtype, device=device),
-            torch.zeros(*lead, self.biases_row(head_dim), dtype=scale_dtype, device=device),
+            zeros(*lead, self.codes_row(head_dim), dtype=self.codes_dtype(dtype), device=device),
+            zeros(*lead, self.scales_row(head_dim), dtype=scale_dtype, device=device),
+            zeros(*lead, self.biases_row(head_dim), dtype=scale_dtype, device=device),
         )
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from torch_kvq.memory import zeros
 from torch_kvq.ops import Packed
 
 
@@ -49,7 +50,8 @@ def nbytes(*values: object) -> int:
 
 def grow(buffer: torch.Tensor, capacity: int) -> torch.Tensor:
     """A copy of buffer [B, G, S, row] with room for ``capacity`` tokens."""
-    grown = buffer.new_zeros(*buffer.shape[:2], capacity, buffer.shape[3])
+    shape = (*buffer.shape[:2], capacity, buffer.shape[3])
+    grown = zeros(*shape, dtype=buffer.dtype, device=buffer.device)
     grown[:, :, : buffer.shape[2]] = buffer
     return grown
 
