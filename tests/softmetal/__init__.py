@@ -177,8 +177,8 @@ def _install_product() -> None:
     _product_loaded = True
     importlib.import_module("torch_kvq")  # has the schemas
     # Helpers that host code shares with the CPU kernels; _C.so hides its copies. What registers
-    # something is not a helper.
-    registers = re.compile(r"\bTORCH_LIBRARY|\bPyMODINIT_FUNC|\bPyInit_")
+    # something, or speaks to Python, is not a helper.
+    registers = re.compile(r"\bTORCH_LIBRARY|\bPyMODINIT_FUNC|\bPyInit_|\bPyObject\b")
     helpers = [p for p in (ROOT / "csrc").glob("*.cpp") if not registers.search(p.read_text())]
     load_host_code("kvq_mps", [*sources, *sorted(helpers)], ROOT / "metal", [ROOT / "csrc"])
 
