@@ -4,62 +4,53 @@
 #include <cmath>
 #include <cstdint>
 
+#include "codes.h"
 #include "convert.h"
 #include "lanes.h"
 
 namespace kvq::cpu::KVQ_ISA {
 
-/// y is clamped in place.
-template <int Bits>
-void encode_affine(float* y, const Layout& layout, uint8_t* codes, char* scales, char* biases) {
+constexpr int kMaxGroups = kMaxHeadDim / 32;
+
+/// Codes of a group; HalfScale: the scale is a float16.
+template <int Bits, bool HalfScale>
+inline void encode_codes(const float* y, int group, float bias, float scale, uint8_t* codes) {
   constexpr float kLevels = (1 << Bits) - 1;
-  const float limit = layout.scale_dtype == KVQ_FLOAT16 ? KVQ_F16_MAX : KVQ_LIMIT;
-  const int group = layout.group;
-  for (int64_t g = 0; g < layout.head_dim / group; ++g, y += group) {
-    const auto [low, high, nan] = clamp_group(y, group, limit);
-    uint8_t* out = codes + g * group * Bits / 8;
-    if (nan) {
-      store_scale(scales, g, layout.scale_dtype, NAN);
-      store_scale(biases, g, layout.scale_dtype, NAN);
-      std::memset(out, 0, group * Bits / 8);
-      continue;
-    }
-    const float bias = store_scale(biases, g, layout.scale_dtype, low == 0 ? 0.0f : low);
-    float scale = store_scale(scales, g, layout.scale_dtype, (high - low) / kLevels);
-    if (scale == 0) scale = store_scale(scales, g, layout.scale_dtype, 1.0f);
-    uint8_t q[128];
-    for (int i = 0; i < group; i += kLanes) {
-      Lanes v = (load_lanes(y + i) - bias) / scale + 0.5f;
-      v = smaller(larger(v, Lanes{}), splat_lanes(kLevels));
-      const LaneMask code = __builtin_convertvector(v, LaneMask);  // v >= 0: floor
-      for (int j = 0; j < kLanes; ++j) q[i + j] = static_cast<uint8_t>(code[j]);
-    }
-    if constexpr (Bits == 8) {
-      std::memcpy(out, q, group);
-    } else if constexpr (Bits == 4) {
-      for (int i = 0; i < group / 2; ++i) out[i] = q[2 * i] | q[2 * i + 1] << 4;
-    } else {
-      for (int i = 0; i < group / 4; ++i) {
-        out[i] = q[4 * i] | q[4 * i + 1] << 2 | q[4 * i + 2] << 4 | q[4 * i + 3] << 6;
-      }
-    }
+  const F reciprocal = splat(1.0f / scale);
+  for (int i = 0; i < group; i += 32, codes += 4 * Bits) {
+    unroll<32 / kWidth>([&](auto j) {
+      const F x = load(y + i + j * kWidth) - splat(bias);
+      const F q = HalfScale ? quotient(x, splat(scale), reciprocal) : x / splat(scale);
+      // Not negative: to drop the fraction is floor.
+      const F code = bounded(q + splat(0.5f), 0.0f, kLevels);
+      store_codes<Bits>(codes + j * kWidth * Bits / 8, truncate_to_int(code));
+    });
   }
 }
 
+/// y is clamped in place. Scales first, then codes: the groups' long chains of dependent
+/// operations overlap.
 template <int Bits>
-void decode_affine(const uint8_t* codes, const char* scales, const char* biases,
-                   const Layout& layout, float* y) {
-  constexpr int kPerByte = 8 / Bits;
-  constexpr int kMask = (1 << Bits) - 1;
+void encode_affine(float* y, const Layout& layout, uint8_t* codes, char* scales, char* biases) {
+  constexpr float kLevels = (1 << Bits) - 1;
+  const KvqDtype dtype = layout.scale_dtype;
+  const float limit = dtype == KVQ_FLOAT16 ? KVQ_F16_MAX : KVQ_LIMIT;
   const int group = layout.group;
-  for (int64_t g = 0; g < layout.head_dim / group; ++g, y += group) {
-    const float scale = load_scale(scales, g, layout.scale_dtype);
-    const float bias = load_scale(biases, g, layout.scale_dtype);
-    const uint8_t* in = codes + g * group / kPerByte;
-    for (int i = 0; i < group / kPerByte; ++i) {
-      for (int j = 0; j < kPerByte; ++j) {
-        y[i * kPerByte + j] = static_cast<float>((in[i] >> (j * Bits)) & kMask) * scale + bias;
-      }
+  const int groups = static_cast<int>(layout.head_dim) / group;
+  float scale[kMaxGroups], bias[kMaxGroups];
+  for (int g = 0; g < groups; ++g) {
+    const auto [low, high, nan] = clamp_group(y + g * group, group, limit);
+    bias[g] = store_scale(biases, g, dtype, nan ? NAN : low == 0 ? 0.0f : low);
+    scale[g] = store_scale(scales, g, dtype, nan ? NAN : (high - low) / kLevels);
+    if (scale[g] == 0) scale[g] = store_scale(scales, g, dtype, 1.0f);
+  }
+  for (int g = 0; g < groups; ++g, y += group, codes += group * Bits / 8) {
+    if (bias[g] != bias[g]) {
+      std::memset(codes, 0, group * Bits / 8);
+    } else if (dtype == KVQ_FLOAT16) {
+      encode_codes<Bits, true>(y, group, bias[g], scale[g], codes);
+    } else {
+      encode_codes<Bits, false>(y, group, bias[g], scale[g], codes);
     }
   }
 }

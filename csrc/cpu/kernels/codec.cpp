@@ -7,13 +7,25 @@
 namespace kvq::cpu::KVQ_ISA {
 namespace {
 
+/// Counts vectors, batch-major, then head, token: divisions would cost as much as a short row.
 struct VectorIndex {
-  int64_t b, g, t;
-};
+  VectorIndex(int64_t vector, int64_t heads, int64_t tokens)
+      : heads(heads),
+        tokens(tokens),
+        b(vector / (heads * tokens)),
+        g(vector / tokens % heads),
+        t(vector % tokens) {}
 
-VectorIndex locate(int64_t vector, int64_t heads, int64_t tokens) {
-  return {vector / (heads * tokens), vector / tokens % heads, vector % tokens};
-}
+  void next() {
+    if (++t < tokens) return;
+    t = 0;
+    if (++g < heads) return;
+    g = 0;
+    ++b;
+  }
+
+  int64_t heads, tokens, b, g, t;
+};
 
 }  // namespace
 
@@ -21,10 +33,10 @@ void encode(const EncodeArgs& args, int64_t begin, int64_t end) {
   const Layout& layout = args.out.layout;
   const int64_t n = layout.head_dim;
   const bool bounded = args.signs || layout.family == KVQ_FAMILY_TURBOQUANT;
-  float y[kMaxHeadDim];
-  for (int64_t vector = begin; vector < end; ++vector) {
-    const auto [b, g, i] = locate(vector, args.heads, args.tokens);
-    const int64_t token = args.first + i;
+  float y[kMaxHeadDim + 16] = {};  // encoders may look at a few values past the last
+  VectorIndex at(begin, args.heads, args.tokens);
+  for (int64_t vector = begin; vector < end; ++vector, at.next()) {
+    const int64_t b = at.b, g = at.g, token = args.first + at.t;
     load_row(args.x.at(b, g, token), args.x_dtype, n, y);
     if (args.mean) {
       const float* mean = args.mean + g * n;
@@ -55,9 +67,9 @@ void decode(const DecodeArgs& args, int64_t begin, int64_t end) {
   const int64_t n = layout.head_dim;
   const bool as_stored = layout.family == KVQ_FAMILY_NONE && !args.signs && !args.mean;
   float y[kMaxHeadDim];
-  for (int64_t vector = begin; vector < end; ++vector) {
-    const auto [b, g, t] = locate(vector, args.heads, args.tokens);
-    const int64_t slot = args.start + t;
+  VectorIndex at(begin, args.heads, args.tokens);
+  for (int64_t vector = begin; vector < end; ++vector, at.next()) {
+    const int64_t b = at.b, g = at.g, slot = args.start + at.t;
     decode_row(args.in.codes.at(b, g, slot), args.in.scales.at(b, g, slot),
                args.in.biases.at(b, g, slot), layout, y);
     if (args.signs) hadamard_row(y, n, args.signs, /*inverse=*/true);
@@ -65,7 +77,7 @@ void decode(const DecodeArgs& args, int64_t begin, int64_t end) {
       const float* mean = args.mean + g * n;
       for (int64_t j = 0; j < n; ++j) y[j] += mean[j];
     }
-    store_row(y, args.out_dtype, n, args.out.at(b, g, t), /*saturate=*/!as_stored);
+    store_row(y, args.out_dtype, n, args.out.at(b, g, at.t), /*saturate=*/!as_stored);
   }
 }
 
@@ -81,8 +93,9 @@ void hadamard(const HadamardArgs& args, int64_t begin, int64_t end) {
 
 void mlx_native(const MlxNativeArgs& args, int64_t begin, int64_t end) {
   const int64_t n = args.head_dim;
-  for (int64_t vector = begin; vector < end; ++vector) {
-    const auto [b, g, t] = locate(vector, args.heads, args.tokens);
+  VectorIndex at(begin, args.heads, args.tokens);
+  for (int64_t vector = begin; vector < end; ++vector, at.next()) {
+    const int64_t b = at.b, g = at.g, t = at.t;
     const auto* codes = reinterpret_cast<const uint8_t*>(args.codes.at(b, g, args.start + t));
     const auto* norms = reinterpret_cast<const float*>(args.norms.at(b, g, args.start + t));
     auto* y = reinterpret_cast<float*>(args.out.at(b, g, t));

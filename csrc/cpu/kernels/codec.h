@@ -2,6 +2,7 @@
 #pragma once
 
 #include "affine.h"
+#include "decode.h"
 #include "fp8.h"
 #include "gguf.h"
 #include "kernels.h"

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "codes.h"
 #include "convert.h"
 #include "lanes.h"
 
@@ -18,19 +19,23 @@ struct E5M2 {
   static constexpr float kMax = 57344.0f;
 };
 
-/// |x| <= Format::kMax. Rounds to nearest even, with subnormals.
+/// |x| <= Format::kMax. Rounds to nearest even, with subnormals; the code is in the low byte.
 template <typename Format>
-inline uint8_t float_to_fp8(float x) {
+inline I float_to_fp8(F x) {
   constexpr int kShift = 23 - Format::kMantissa;
   constexpr uint32_t kRebias = uint32_t(127 - Format::kBias) << 23;
-  constexpr uint32_t kSmallestNormal = kRebias + (1u << 23);
+  const F smallest_normal = splat(float_of(kRebias + (1u << 23)));
   // Adding this float aligns its last bit with the smallest subnormal, and so rounds there.
   constexpr uint32_t kAlign = uint32_t(127 + 1 - Format::kBias + kShift) << 23;
-  const uint32_t u = bits_of(x), magnitude = u & 0x7fffffff;
-  const uint32_t odd = (magnitude >> kShift) & 1;
-  const uint32_t normal = (magnitude - kRebias + ((1u << (kShift - 1)) - 1) + odd) >> kShift;
-  const uint32_t subnormal = bits_of(float_of(magnitude) + float_of(kAlign)) - kAlign;
-  return uint8_t((u >> 24 & 0x80) | (magnitude < kSmallestNormal ? subnormal : normal));
+  const I magnitude = bit_and(as_int(x), splat_int(0x7fffffff));
+  const I odd = bit_and(shift_right<kShift>(magnitude), splat_int(1));
+  const I half = splat_int((1u << (kShift - 1)) - 1 - kRebias);
+  const I normal = shift_right<kShift>(add_int(add_int(magnitude, odd), half));
+  const I subnormal =
+      add_int(as_int(as_float(magnitude) + splat(float_of(kAlign))), splat_int(0u - kAlign));
+  const F code =
+      select_less(as_float(magnitude), smallest_normal, as_float(subnormal), as_float(normal));
+  return bit_or(as_int(code), bit_and(shift_right<24>(as_int(x)), splat_int(0x80)));
 }
 
 /// Every byte's value; bytes that torch reads as NaN or infinity are NaN and infinity.
@@ -69,22 +74,10 @@ void encode_fp8(float* y, const Layout& layout, uint8_t* codes, char* scales) {
     }
     float scale = store_scale(scales, g, layout.scale_dtype, magnitude(range) / Format::kMax);
     if (scale == 0) scale = store_scale(scales, g, layout.scale_dtype, 1.0f);
-    for (int i = 0; i < group; ++i) {
-      float v = y[i] / scale;
-      v = v > Format::kMax ? Format::kMax : v;
-      v = v < -Format::kMax ? -Format::kMax : v;
-      codes[i] = float_to_fp8<Format>(v);
+    for (int i = 0; i < group; i += kWidth) {
+      const F v = bounded(load(y + i) / splat(scale), -Format::kMax, Format::kMax);
+      store_codes<8>(codes + i, float_to_fp8<Format>(v));
     }
-  }
-}
-
-template <typename Format>
-void decode_fp8(const uint8_t* codes, const char* scales, const Layout& layout, float* y) {
-  const float* value = fp8_values<Format>();
-  const int group = layout.group;
-  for (int64_t g = 0; g < layout.head_dim / group; ++g, y += group, codes += group) {
-    const float scale = load_scale(scales, g, layout.scale_dtype);
-    for (int i = 0; i < group; ++i) y[i] = value[codes[i]] * scale;
   }
 }
 

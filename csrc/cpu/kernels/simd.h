@@ -71,10 +71,12 @@ inline I shift_right_signed(I x) {
 }
 inline I shift_right_lanes(I x, I n) { return _mm512_srlv_epi32(x, n); }
 inline I round_to_int(F x) { return _mm512_cvtps_epi32(x); }
+inline I truncate_to_int(F x) { return _mm512_cvttps_epi32(x); }
 inline F select_less(F a, F b, F then, F otherwise) {
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), otherwise, then);
 }
 inline bool any_less(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ) != 0; }
+inline bool any_unordered(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q) != 0; }
 inline F gather(const float* table, I index) { return _mm512_i32gather_ps(index, table, 4); }
 inline F half_lanes(I x) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(x)); }
 inline F load_halves(const void* p) {
@@ -124,10 +126,14 @@ inline I shift_right_signed(I x) {
 }
 inline I shift_right_lanes(I x, I n) { return _mm256_srlv_epi32(x, n); }
 inline I round_to_int(F x) { return _mm256_cvtps_epi32(x); }
+inline I truncate_to_int(F x) { return _mm256_cvttps_epi32(x); }
 inline F select_less(F a, F b, F then, F otherwise) {
   return _mm256_blendv_ps(otherwise, then, _mm256_cmp_ps(a, b, _CMP_LT_OQ));
 }
 inline bool any_less(F a, F b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_LT_OQ)) != 0; }
+inline bool any_unordered(F a, F b) {
+  return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_UNORD_Q)) != 0;
+}
 inline F gather(const float* table, I index) { return _mm256_i32gather_ps(table, index, 4); }
 /// Lanes hold a float16 in their low half and zeros above.
 inline F half_lanes(I x) {
@@ -216,10 +222,15 @@ inline I round_to_int(F x) {
   return I(_mm_cvtps_epi32(__m128(x)));
 #endif
 }
+inline I truncate_to_int(F x) { return __builtin_convertvector(x, I); }
 inline F select_less(F a, F b, F then, F otherwise) { return a < b ? then : otherwise; }
 inline bool any_less(F a, F b) {
   const I less = a < b;
   return (less[0] | less[1] | less[2] | less[3]) != 0;
+}
+inline bool any_unordered(F a, F b) {
+  const I nan = (a != a) | (b != b);
+  return (nan[0] | nan[1] | nan[2] | nan[3]) != 0;
 }
 inline F gather(const float* table, I index) {
   return F{table[index[0]], table[index[1]], table[index[2]], table[index[3]]};

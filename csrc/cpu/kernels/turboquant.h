@@ -5,12 +5,11 @@
 #include <cstdint>
 
 #include "../../shared/codebooks.h"
+#include "codes.h"
 #include "convert.h"
 #include "lanes.h"
 
 namespace kvq::cpu::KVQ_ISA {
-
-constexpr int64_t kMaxHeadDim = 1024;
 
 inline const float* codebook(int bits) {
   switch (bits) {
@@ -68,50 +67,51 @@ inline float dot32(const float* a, const float* b, int64_t n) {
   return sum[0] + sum[1];
 }
 
-/// Finds a code in two steps: a cell of a fine uniform grid gives a code at most two too small,
-/// and comparing with the exact boundaries gives the rest.
+/// Finds codes by a uniform grid of cells, each with at most one boundary inside.
 template <int Bits>
-struct CodeSearch {
-  static constexpr int kCells = 1024;  // narrower than the closest two boundaries at 8 bits
-  static constexpr float kReach = 5.0f;
-  uint8_t first[kCells];
-  float edge[(1 << Bits) + 1];  // the boundaries, then infinity
-
-  CodeSearch() {
-    const float* inner = boundaries(Bits);
-    for (int i = 0; i < (1 << Bits) - 1; ++i) edge[i] = inner[i];
-    edge[(1 << Bits) - 1] = edge[1 << Bits] = INFINITY;
-    for (int cell = 0; cell < kCells; ++cell) {
-      // The cell before: rounding of the index must not skip a boundary.
-      const float left = cell == 0 ? -INFINITY : (cell - 1) * (2 * kReach / kCells) - kReach;
-      int code = 0;
-      while (edge[code] < left) ++code;
-      first[cell] = static_cast<uint8_t>(code);
-    }
-  }
-
+class CodeSearch {
+ public:
   static const CodeSearch& get() {
     static const CodeSearch search;
     return search;
   }
 
-  /// q[i]: how many boundaries lie below y[i] / divisor.
+  /// q[i]: how many boundaries lie below y[i] / divisor. Up to kWidth - 1 values past n are read
+  /// and written.
   void find(const float* y, float divisor, int64_t n, uint8_t* q) const {
-    for (int64_t i = 0; i < n; i += 8) {
-      float z[8];
-      int cell[8];
-      for (int j = 0; j < 8; ++j) {
-        z[j] = y[i + j] / divisor;
-        const float at = (z[j] + kReach) * (kCells / (2 * kReach));
-        cell[j] = static_cast<int>(at < 0 ? 0.0f : at > kCells - 1 ? kCells - 1.0f : at);
-      }
-      for (int j = 0; j < 8; ++j) {
-        int code = first[cell[j]];
-        for (int step = 0; step < 3; ++step) code += z[j] > edge[code];
-        q[i + j] = static_cast<uint8_t>(code);
-      }
+    for (int64_t i = 0; i < n; i += kWidth) {
+      const F z = load(y + i) / splat(divisor);
+      const I cell = cell_of(z);
+      const F below = gather(below_, cell), edge = gather(edge_, cell);
+      const F code = select_less(edge, z, below + splat(1.0f), below);
+      store_codes<8>(q + i, truncate_to_int(code));
     }
   }
+
+ private:
+  static constexpr int kCells = 1024;  // narrower than the closest two boundaries at 8 bits
+  static constexpr float kReach = 5.0f;
+
+  CodeSearch() {
+    for (int cell = 0; cell < kCells; ++cell) below_[cell] = 0, edge_[cell] = INFINITY;
+    for (int i = 0; i < (1 << Bits) - 1; ++i) {
+      const float edge = boundaries(Bits)[i];
+      alignas(64) int32_t cell[kWidth];
+      const I all = cell_of(splat(edge));
+      std::memcpy(cell, &all, sizeof cell);
+      // cell_of never decreases: what is in a later cell is above this boundary.
+      edge_[cell[0]] = edge;
+      for (int later = cell[0] + 1; later < kCells; ++later) ++below_[later];
+    }
+  }
+
+  static I cell_of(F z) {
+    const F at = (z + splat(kReach)) * splat(kCells / (2 * kReach));
+    return truncate_to_int(bounded(at, 0.0f, kCells - 1));
+  }
+
+  float below_[kCells];  ///< boundaries in earlier cells
+  float edge_[kCells];   ///< the boundary in this cell, or infinity
 };
 
 /// Dense LSB-first packing of 8 codes into Bits bytes.
@@ -120,13 +120,6 @@ inline void pack8(const uint8_t* q, uint8_t* out) {
   uint64_t word = 0;
   for (int i = 0; i < 8; ++i) word |= static_cast<uint64_t>(q[i]) << (i * Bits);
   for (int i = 0; i < Bits; ++i) out[i] = static_cast<uint8_t>(word >> (8 * i));
-}
-
-template <int Bits>
-inline void unpack8(const uint8_t* in, uint8_t* q) {
-  uint64_t word = 0;
-  for (int i = 0; i < Bits; ++i) word |= static_cast<uint64_t>(in[i]) << (8 * i);
-  for (int i = 0; i < 8; ++i) q[i] = static_cast<uint8_t>(word >> (i * Bits)) & ((1 << Bits) - 1);
 }
 
 template <int Bits>
@@ -141,7 +134,7 @@ void encode_turboquant(const float* y, const Layout& layout, KvqEncoder encoder,
     return;
   }
   const float divisor = norm == 0 ? 1.0f : norm;
-  uint8_t q[kMaxHeadDim];
+  uint8_t q[kMaxHeadDim + kWidth];
   CodeSearch<Bits>::get().find(y, divisor, n, q);
   for (int64_t i = 0; i < n; i += 8) pack8<Bits>(q + i, codes + i * Bits / 8);
   if (encoder == KVQ_ENCODER_UNBIASED) {
@@ -149,17 +142,6 @@ void encode_turboquant(const float* y, const Layout& layout, KvqEncoder encoder,
     for (int64_t i = 0; i < n; ++i) centroid[i] = codebook(Bits)[q[i]];
     const float dot = dot32(y, centroid, n);
     if (dot > 0) store_scale(scales, 0, layout.scale_dtype, squares / dot);
-  }
-}
-
-template <int Bits>
-void decode_turboquant(const uint8_t* codes, const char* scales, const Layout& layout, float* y) {
-  const float norm = load_scale(scales, 0, layout.scale_dtype);
-  const float* table = codebook(Bits);
-  for (int64_t i = 0; i < layout.head_dim; i += 8) {
-    uint8_t q[8];
-    unpack8<Bits>(codes + i * Bits / 8, q);
-    for (int j = 0; j < 8; ++j) y[i + j] = table[q[j]] * norm;
   }
 }
 
