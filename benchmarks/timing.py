@@ -62,7 +62,8 @@ def interleaved(
         if number >= min_rounds and time.perf_counter() - start > budget_s:
             break
         for name, function in functions.items():
-            time.sleep(pause_s)
+            if pause_s:
+                time.sleep(pause_s)
             began = time.perf_counter()
             function(number)
             samples[name].append((time.perf_counter() - began) * 1e3)
