@@ -221,7 +221,11 @@ def model_row(args: argparse.Namespace) -> dict:
     kld = (b.exp() * (b - a)).sum(-1).mean().item()
     assert kld < 0.5, f"the logits differ: KLD {kld:.3f}"
     times = interleaved({"ours": ours.step, "peer": peer.step}, budget_s=args.budget)
+    config = ours.model.config
     return {
+        "heads": config.num_attention_heads,
+        "kv_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
         "times": times,
         "attention_share": round(ours.attention_share(), 3),
         "peer_attention_share": round(peer.attention_share(), 3),

@@ -32,4 +32,22 @@ inline Lanes swap_lanes(Lanes x) {
                                  8 ^ D, 9 ^ D, 10 ^ D, 11 ^ D, 12 ^ D, 13 ^ D, 14 ^ D, 15 ^ D);
 }
 
+/// a where it is smaller, b otherwise (so b where a is NaN).
+inline Lanes smaller(Lanes a, Lanes b) { return a < b ? a : b; }
+inline Lanes larger(Lanes a, Lanes b) { return a > b ? a : b; }
+
+inline float smallest_lane(Lanes x) {
+  x = smaller(x, swap_lanes<8>(x));
+  x = smaller(x, swap_lanes<4>(x));
+  x = smaller(x, swap_lanes<2>(x));
+  return smaller(x, swap_lanes<1>(x))[0];
+}
+
+inline float largest_lane(Lanes x) {
+  x = larger(x, swap_lanes<8>(x));
+  x = larger(x, swap_lanes<4>(x));
+  x = larger(x, swap_lanes<2>(x));
+  return larger(x, swap_lanes<1>(x))[0];
+}
+
 }  // namespace kvq::cpu::KVQ_ISA
