@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,8 @@ from tests.test_cache import KINDS, make, tokens
 from tests.test_serialization import anonymous_bytes
 from torch_kvq import QuantizedKVCache, memory
 from torch_kvq.memory import zeros
+
+RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "memory.json"
 
 
 def allocated(fn: Callable[[], object]) -> tuple[int, object]:
@@ -109,3 +113,16 @@ def test_a_growing_cache_stays_below_a_dense_one():
         assert length < 70 or cache.nbytes < dense
         assert length < 1024 or cache.nbytes < 0.5 * dense
     assert copied < 10 * 2048  # linear in the length
+
+
+def test_the_measured_peaks_stay_below_the_dense_caches():
+    """What benchmarks/memory.py measured and docs/ shows."""
+    found = json.loads(RESULTS.read_text())
+    peaks = {(p["cache"], p["tokens"]): p["peak_bytes"] for p in found["points"]}
+    lengths = sorted({length for _, length in peaks})
+    assert lengths == [1024 * 2**i for i in range(6)]
+    for (name, length), peak in peaks.items():
+        if name.startswith(("int", "tq")):
+            dense = [peaks[kind, length] for kind in ("DynamicCache", "StaticCache")]
+            assert peak < min(dense), (name, length)
+    assert RESULTS.with_suffix(".svg").is_file()
