@@ -6,7 +6,8 @@
 // becomes a float where it lies, times 16 to the power of its place, which x is divided by; scales
 // and minima apply to sums.
 //
-// kvq_q4_k_few: two to eight vectors. A lane decodes its 32 weights once, for all of them.
+// kvq_q4_k_few: two to eight vectors. A lane decodes its weights once, for all of them,
+// 16 at a time.
 //
 // kvq_q4_k_matmul: more vectors. Tiles of w are dequantised into threadgroup memory and multiplied
 // by simdgroup_matrix.
@@ -104,18 +105,17 @@ template <typename T>
   }
 }
 
-/// The lane's 32 weights: 16 of each of the chunk's two sub-blocks.
-inline void decode_half_chunk(const device uchar* block, int chunk, int half_chunk,
-                              thread float* low, thread float* high) {
+/// The lane's 16 weights of the chunk's first (`part` 0) or second sub-block.
+inline void decode_part(const device uchar* block, int chunk, int half_chunk, int part,
+                        thread float* w) {
   const ChunkSteps steps = load_steps(block, chunk);
   const uint4 words = load_words(block + 16 + 32 * chunk + 16 * half_chunk);
-  const float s0 = steps.scale[0], s1 = steps.scale[1] / 16.0f;
+  const float minimum = -steps.minimum[part];
+  const float even = part == 0 ? steps.scale[0] : steps.scale[1] / 16.0f, odd = even / 256.0f;
   KVQ_UNROLL for (int i = 0; i < 8; ++i) {
     const uint pair = i % 2 == 0 ? words[i / 2] : words[i / 2] >> 16;
-    low[2 * i] = fma(nibble<0>(pair), s0, -steps.minimum[0]);
-    high[2 * i] = fma(nibble<1>(pair), s1, -steps.minimum[1]);
-    low[2 * i + 1] = fma(nibble<2>(pair), s0 / 256.0f, -steps.minimum[0]);
-    high[2 * i + 1] = fma(nibble<3>(pair), s1 / 256.0f, -steps.minimum[1]);
+    w[2 * i] = fma(part == 0 ? nibble<0>(pair) : nibble<1>(pair), even, minimum);
+    w[2 * i + 1] = fma(part == 0 ? nibble<2>(pair) : nibble<3>(pair), odd, minimum);
   }
 }
 
@@ -134,20 +134,20 @@ template <typename T>
     KVQ_UNROLL for (int r = 0; r < rows; ++r) { total[m][r] = 0.0f; }
   }
   for (int b = int(lane) / 8; b < params.columns; b += 4) {
-    float w[rows][32];
-    KVQ_UNROLL for (int r = 0; r < rows; ++r) {
-      const device uchar* row = blocks + min(first + r, params.n - 1) * params.row_stride;
-      decode_half_chunk(row + int64_t(b) * KVQ_Q4_K_BYTES, chunk, half_chunk, w[r], w[r] + 16);
-    }
-    const device T* values = x + b * KVQ_Q4_K_SIZE + 64 * chunk + 16 * half_chunk;
-    KVQ_UNROLL for (int m = 0; m < KVQ_Q4_K_FEW; ++m) {
-      if (m < kvq_vectors) {
-        KVQ_UNROLL for (int part = 0; part < 2; ++part) {
+    KVQ_UNROLL for (int part = 0; part < 2; ++part) {
+      float w[rows][16];
+      KVQ_UNROLL for (int r = 0; r < rows; ++r) {
+        const device uchar* row = blocks + min(first + r, params.n - 1) * params.row_stride;
+        decode_part(row + int64_t(b) * KVQ_Q4_K_BYTES, chunk, half_chunk, part, w[r]);
+      }
+      const device T* values = x + b * KVQ_Q4_K_SIZE + 64 * chunk + 32 * part + 16 * half_chunk;
+      KVQ_UNROLL for (int m = 0; m < KVQ_Q4_K_FEW; ++m) {
+        if (m < kvq_vectors) {
           float y[16];
-          load_values(values + m * k + 32 * part, y);
+          load_values(values + m * k, y);
           KVQ_UNROLL for (int i = 0; i < 16; ++i) {
             KVQ_UNROLL for (int r = 0; r < rows; ++r) {
-              total[m][r] = fma(w[r][16 * part + i], y[i], total[m][r]);
+              total[m][r] = fma(w[r][i], y[i], total[m][r]);
             }
           }
         }
@@ -190,12 +190,11 @@ template <typename T>
     }
   }
   for (int c = 0; c < 4 * params.columns; ++c) {
-    float low[16], high[16];
-    decode_half_chunk(row + int64_t(c / 4) * KVQ_Q4_K_BYTES, c % 4, half_chunk, low, high);
-    threadgroup float* w_out = w_tile + w_row * stride + 16 * half_chunk;
-    KVQ_UNROLL for (int i = 0; i < 16; ++i) {
-      w_out[i] = low[i];
-      w_out[32 + i] = high[i];
+    KVQ_UNROLL for (int part = 0; part < 2; ++part) {
+      float w[16];
+      decode_part(row + int64_t(c / 4) * KVQ_Q4_K_BYTES, c % 4, half_chunk, part, w);
+      threadgroup float* w_out = w_tile + w_row * stride + 32 * part + 16 * half_chunk;
+      KVQ_UNROLL for (int i = 0; i < 16; ++i) w_out[i] = w[i];
     }
     for (int i = t; i < KVQ_Q4_K_TILE_M * depth; i += KVQ_Q4_K_TILE_THREADS) {
       const int m = i / depth, column = i % depth;

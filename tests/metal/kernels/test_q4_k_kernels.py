@@ -15,7 +15,7 @@ from .. import emulator, toolchain
 from .codec_launch import METAL, NAMES, bytes_of, library, structs
 
 MODES = ("fast", "race", "asan")
-GEMV_ROWS, FEW_ROWS, FEW, TILE_M, TILE_N, TILE_THREADS = 4, 2, 8, 32, 64, 128
+GEMV_ROWS, FEW_ROWS, FEW, TILE_M, TILE_N, TILE_THREADS = 2, 4, 8, 32, 64, 128
 each_mode = pytest.mark.parametrize("mode", MODES)
 each_dtype = pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=dtype_id)
 
