@@ -86,7 +86,7 @@ class Variant:
 
 def cache_bytes(cache: Any) -> int:
     if isinstance(cache, KVQCache):
-        return cache.nbytes()
+        return cache.nbytes
     return sum(t.numel() * t.element_size() for l in cache.layers for t in (l.keys, l.values))  # noqa: E741
 
 
