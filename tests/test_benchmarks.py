@@ -6,6 +6,7 @@ Nothing here asserts on time.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import subprocess
 import sys
@@ -145,3 +146,37 @@ def test_command_line() -> None:
         capture_output=True, text=True, timeout=300, check=True,
     ).stdout  # fmt: skip
     check_row(json.loads(out))
+
+
+Q4_K_ROWS = [("q4_k_gemv", p) for p in ("torch-bf16", "torch-fp32", "ggml")]
+Q4_K_ROWS += [("q4_k_matmul", "ggml"), ("q4_k_quantize", "memcpy"), ("q4_k_dequantize", "memcpy")]
+
+
+@pytest.mark.parametrize(("op", "peer"), Q4_K_ROWS)
+def test_q4_k_rows(bench: ModuleType, op: str, peer: str) -> None:
+    """Shapes of weights, the share of the read bandwidth, and a result within 1 % of float64's."""
+    if peer == "ggml" and importlib.util.find_spec("llama_cpp") is None:
+        pytest.skip("llama-cpp-python, whose ggml is the peer, is not installed")
+    size = ["--rows", "40", "--columns", "512", "--queries", "3", "--budget", "0"]
+    row = bench.run_row(bench.parser().parse_args(["--op", op, "--peer", peer, *size]))
+    assert (row["op"], row["peer"], row["rows"], row["columns"]) == (op, peer, 40, 512)
+    assert row["queries"] == (1 if op == "q4_k_gemv" else 3)
+    assert all(row[name] > 0 for name in NUMBERS | {"packed_gb_s", "read_gb_s", "of_read"})
+    json.dumps(row)
+
+
+def test_model_with_q4_k_weights(bench: ModuleType, code_model: Path) -> None:
+    """Q4_K weights and an int4 cache: less memory, a small loss, each of its own."""
+    module = importlib.import_module("q4_k_model")
+    args = module.argparse.Namespace(
+        model=code_model, cache="int4", dtype="float32", window=48, windows=1, prompt=120, tokens=2,
+        rounds=1,
+    )  # fmt: skip
+    with torch.inference_mode():
+        rows = {(row["weights"], row["cache"]): row for row in module.measure(args)}
+    dense, both = rows["dense", "dense"], rows["Q4_K", "int4"]
+    assert dense["kld"] == 0 and 0 < rows["dense", "int4"]["kld"] < 0.05
+    assert 0 < rows["Q4_K", "dense"]["kld"] < 0.05 and 0 < both["kld"] < 0.1
+    assert both["linear_mib"] < 0.15 * dense["linear_mib"]
+    assert both["cache_mib"] < 0.25 * dense["cache_mib"]
+    assert all(row["tokens_per_s"] > 0 for row in rows.values())

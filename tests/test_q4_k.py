@@ -135,7 +135,7 @@ def some(device: str) -> int:
 
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_error_against_llama_cpp(name: str, device: str) -> None:
-    w = WEIGHTS[name](torch.Generator().manual_seed(5))[:some(device)]
+    w = WEIGHTS[name](torch.Generator().manual_seed(5))[: some(device)]
     ours = relative_error(ops.q4_k_dequantize(ops.q4_k_quantize(w.to(device))), w.double())
     theirs = relative_error(gguf_dequantize(ggml_quantize(w)), w.double())
     assert ours <= 1.02 * theirs
