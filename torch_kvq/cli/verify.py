@@ -246,7 +246,8 @@ def check_q4_k_product(
     x = sample(vectors, size, dtype=dtype, seed=1)
     expected = reference.q4_k_matmul(x.double(), blocks)
     multiply = ops.q4_k_gemv if vectors == 1 else ops.q4_k_matmul
-    out = multiply(*on(device, x, buffer), offset, n, exact=True)
+    on_x, on_buffer = on(device, x, buffer)
+    out = multiply(on_x, on_buffer, offset, n, exact=True)
     error = float((out.cpu().double() - expected).norm() / expected.norm())
     return error, 2 * ONE_ROUNDING[dtype]
 
