@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from . import emulator
+from . import emulator, requirements, toolchain
 
 SAMPLE = Path(__file__).parent / "samples" / "dialect.metal"
 MODES = ["fast", pytest.param("race", marks=pytest.mark.slow)]
@@ -60,3 +60,8 @@ def test_names_and_limits(library: emulator.Library) -> None:
     y = np.zeros(4, np.uint32)
     library.launch("names", 1, 1, [y])
     np.testing.assert_array_equal(y, [len("own_name"), 4, 1, 9])
+
+
+def test_strict_check_accepts() -> None:
+    requirements.require(requirements.missing_for_strict_check())
+    assert toolchain.strict_check(toolchain.flatten(SAMPLE), subset=False) == []

@@ -43,6 +43,7 @@ _COPIES = (
     "no matching constructor for initialization of",
     "no viable overloaded '='",
     "no viable constructor copying",
+    "incompatible operand types",
 )
 _SPACES = re.compile(
     r"__global|__local|__constant|MSL_(device|constant|threadgroup)|address_space\(|address space"
