@@ -532,37 +532,46 @@ class QuantizedKVCache(nn.Module):
         T is the length, of a ring what it holds, and of a static cache its capacity (slots past a
         row's length hold leftovers).
         """
-        return self.dense("k"), self.dense("v")
-
-    def dense(self, side: str, view: KVView | None = None) -> torch.Tensor:
-        """One side, "k" or "v", of :meth:`dequantized`, or of what a view makes visible."""
-        if view is not None and view.fresh:
-            return (view.keys if side == "k" else view.values).codes
-        linear = view is not None and view.ring != self.ring  # a chunk too long for the ring
-        packed = self.keys if side == "k" else self.values
-        if linear:
-            assert view is not None
-            packed = view.keys if side == "k" else view.values
-        x = ops.dequantize(
-            packed,
-            self.k_format if side == "k" else self.v_format,
-            signs=getattr(self, f"{side}_signs"),
-            mean=getattr(self, f"{side}_mean"),
-            dtype=self.dtype,
-        )
-        first, count = 0, x.shape[2]
+        first, count = 0, self.capacity
         if not self.static or self.ring:
-            length = self.length
-            count = min(length, count)
-            first = length - count
-            if linear:
-                x = x[:, :, x.shape[2] - count :]
-            else:
-                order = torch.arange(first, length, device=self.device) % max(self.capacity, 1)
-                x = x.index_select(2, order)
-        if not (self.sink_tokens or self.recent_tokens):
+            count = min(self.length, count)
+            first = self.length - count
+        return self.dense("k", first, count), self.dense("v", first, count)
+
+    def dense(
+        self, side: str, first: int | torch.Tensor, count: int, view: KVView | None = None
+    ) -> torch.Tensor:
+        """Positions first .. first+count-1 of one side, "k" or "v", as attention reads them.
+
+        Args:
+            first: int, or int64 [] on the device.
+            view: read what this view makes visible. Positions that nothing holds get leftovers.
+        """
+        positions = torch.arange(count, device=self.device) + first
+        linear = view is not None and view.ring != self.ring  # a chunk too long for the ring
+        fresh = view is not None and view.fresh
+        packed = self.keys if side == "k" else self.values
+        if view is not None and (linear or fresh):
+            packed = view.keys if side == "k" else view.values
+        slots = positions
+        if linear:
+            length = self.lengths.max() if self.static else self.length
+            slots = positions - (length - packed.codes.shape[2])
+        elif self.ring and not fresh:
+            slots = positions % max(self.capacity, 1)
+        if fresh:
+            x = packed.codes
+        else:
+            x = ops.dequantize(
+                packed,
+                self.k_format if side == "k" else self.v_format,
+                signs=getattr(self, f"{side}_signs"),
+                mean=getattr(self, f"{side}_mean"),
+                dtype=self.dtype,
+            )
+        x = x.index_select(2, slots.clamp(0, max(x.shape[2] - 1, 0)))
+        if fresh or not (self.sink_tokens or self.recent_tokens):
             return x
-        positions = torch.arange(first, first + count, device=self.device)
         end = self.lengths[:, None] if self.static else self.length
         ends = self.sink_tokens, end - self.recent_tokens, end
         windows = getattr(self, f"{side}_sink"), getattr(self, f"{side}_recent")

@@ -39,9 +39,9 @@ from torch_kvq import serialization
 from torch_kvq.cache import QuantizedKVCache, makes_ring
 from torch_kvq.formats import GROUP_SIZES, KVFormat
 from torch_kvq.hf_attention import NAME
-from torch_kvq.hf_carriers import KVQHandle, KVQTensor
+from torch_kvq.hf_carriers import KVQHandle, KVQProxy, KVQTensor
 from torch_kvq.ops import Format
-from torch_kvq.storage import nbytes
+from torch_kvq.storage import KVView, nbytes
 
 #: Good answers at 6.5 bits; models with a large key bias break with 4-bit keys.
 DEFAULT_K_FORMAT = "int8"
@@ -82,6 +82,7 @@ class KVQLayer(CacheLayerMixin):
         self.is_ring = makes_ring(self.window, max_cache_len)
         #: tokens that every layer of the cache takes: no ring may run ahead of a full layer
         self.bound: int | None = None
+        self._varying: tuple[Any, dict[str, torch.Tensor | None]] | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -105,36 +106,56 @@ class KVQLayer(CacheLayerMixin):
         if self.is_compileable and not torch.compiler.is_compiling():
             for buffer in self.cache.buffers():
                 torch._dynamo.mark_static_address(buffer)
+        if not self.is_compileable:
+            self._varying = self.cache._host, self.cache._buffers
         self.is_initialized = True
 
     def update(  # type: ignore[override]
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[KVQHandle, KVQHandle] | tuple[KVQTensor, KVQTensor]:
+    ) -> tuple[Any, Any]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.cache is not None
-        rows, _ = self.get_mask_sizes(key_states.shape[2])
+        mask_sizes = self.get_mask_sizes(key_states.shape[2])
         view = self.cache.append(key_states, value_states)
-        keys, values = (KVQHandle(self.cache, view, side, rows) for side in "kv")
-        return (KVQTensor(keys), KVQTensor(values)) if self._wants_tensors() else (keys, values)
+        keys, values = (self._carry(view, side, mask_sizes) for side in "kv")
+        return keys, values
 
-    def _wants_tensors(self) -> bool:
-        if self.carrier != "auto" or self.config is None:
-            return self.carrier == "tensor"
-        return self.config._attn_implementation != NAME
+    def _carry(self, view: KVView, side: str, mask_sizes: tuple[int, Any]) -> Any:
+        assert self.cache is not None
+        implementation = self.config._attn_implementation if self.config is not None else None
+        if self.carrier == "handle" or (self.carrier == "auto" and implementation == NAME):
+            return KVQHandle(self.cache, view, side, mask_sizes)
+        proxy = KVQProxy(self.cache, view, side, mask_sizes)
+        if not torch.compiler.is_compiling():
+            return KVQTensor(proxy)
+        return proxy if implementation in ("sdpa", NAME) else proxy.dequantize()
 
     def get_seq_length(self) -> int | torch.Tensor:  # type: ignore[override]
         if self.cache is None:
             return 0
         # A tensor for a static cache, as transformers' own: no sync, no recompilation.
-        return self.cache.lengths.max() if self.cache.static else self.cache.length
+        return self.cache.lengths.max() if self.cache.static else self._length()
+
+    def _length(self) -> int:
+        if self.cache is None:
+            return 0
+        if torch.compiler.is_compiling() and self._varying is not None:
+            # torch.compile takes ints and shapes that it finds in a module for constants, which
+            # would be one graph for every length and capacity. It knows an object by where it found
+            # it first, and these two ways do not lead through the module.
+            length, buffers = self._varying
+            length.value, length.oldest  # noqa: B018
+            for name in buffers:
+                buffers[name]
+        return self.cache.length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         if self.max_cache_len is not None and not self.is_ring:
             return self.max_cache_len, 0
         if self.max_cache_len is not None and torch.compiler.is_compiling():
             return self._static_ring_mask_sizes(query_length)
-        length = self.cache.length if self.cache is not None else 0
+        length = self._length()
         if not self.is_sliding:
             return length + query_length, 0
         kept = min(length, self.window - 1)

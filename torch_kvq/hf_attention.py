@@ -46,7 +46,7 @@ def attention_forward(
         "window": 0,
     }
     if isinstance(key, KVQTensor):
-        key = key.handle
+        key = key.proxy
     if isinstance(key, KVQHandle):
         options["window"] = key.cache.window if causal else 0
         out = key.cache.attend(query, key.view, **options)

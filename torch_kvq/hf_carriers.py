@@ -1,9 +1,10 @@
 """What a :class:`~torch_kvq.hf.KVQLayer` hands to the model's attention in place of K and V.
 
-Both stand for the keys or the values that one ``update`` made visible, logically [B, G, T, D] with
-the T that the layer's ``get_mask_sizes`` announced, and neither holds them: they name the packed
+All stand for the keys or the values that one ``update`` made visible, logically [B, G, T, D] of the
+T positions that the layer's ``get_mask_sizes`` announced, and none holds them: they name the packed
 cache. :class:`KVQHandle` is no tensor, and only the ``"kvq"`` attention reads it;
-:class:`KVQTensor` is one, and ``scaled_dot_product_attention`` on it reads the packed cache.
+:class:`KVQTensor` is one, and ``scaled_dot_product_attention`` on it reads the packed cache; under
+torch.compile a :class:`KVQProxy` takes its place.
 """
 
 from __future__ import annotations
@@ -30,15 +31,20 @@ class KVQHandle:
     Code that computes on it, instead of passing it to attention, gets a TypeError.
     """
 
-    __slots__ = ("cache", "rows", "side", "view")
+    __slots__ = ("cache", "mask_sizes", "side", "view")
 
-    def __init__(self, cache: QuantizedKVCache, view: KVView, side: str, rows: int) -> None:
-        self.cache, self.view, self.side, self.rows = cache, view, side, rows
+    def __init__(
+        self, cache: QuantizedKVCache, view: KVView, side: str, mask_sizes: tuple[int, Any]
+    ) -> None:
+        self.cache, self.view, self.side, self.mask_sizes = cache, view, side, mask_sizes
 
     @property
     def shape(self) -> torch.Size:
+        return self._shape(self.cache.kv_heads)
+
+    def _shape(self, *heads: int) -> torch.Size:
         size = self.cache.head_dim if self.side == "k" else self.cache.value_dim
-        return torch.Size((self.cache.batch_size, self.cache.kv_heads, self.rows, size))
+        return torch.Size((self.cache.batch_size, *heads, self.mask_sizes[0], size))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -64,6 +70,104 @@ class KVQHandle:
         return cls._refuse(cls)  # type: ignore[arg-type]
 
 
+class KVQProxy(KVQHandle):
+    """A handle that also stands what transformers does on its way to the sdpa attention.
+
+    That is ``repeat_kv``, and the cut to the tokens of a prefill. On a proxy itself
+    ``scaled_dot_product_attention`` works too; torch.compile traces it, where it would not trace
+    the making of a :class:`KVQTensor`.
+
+    Args:
+        repeats: query heads per KV head.
+        five_dims: they are (still) a dimension of their own, [B, G, repeats, T, D].
+    """
+
+    __slots__ = ("five_dims", "repeats")
+
+    def __init__(
+        self,
+        cache: QuantizedKVCache,
+        view: KVView,
+        side: str,
+        mask_sizes: tuple[int, Any],
+        repeats: int = 1,
+        five_dims: bool = False,
+    ) -> None:
+        super().__init__(cache, view, side, mask_sizes)
+        self.repeats, self.five_dims = repeats, five_dims
+
+    @property
+    def shape(self) -> torch.Size:
+        if self.five_dims:
+            return self._shape(self.cache.kv_heads, self.repeats)
+        return self._shape(self.cache.kv_heads * self.repeats)
+
+    def _like(self, rows: int, repeats: int, five_dims: bool) -> KVQProxy:
+        sizes = rows, self.mask_sizes[1]
+        return KVQProxy(self.cache, self.view, self.side, sizes, repeats, five_dims)
+
+    def indexed(self, index: Any) -> KVQProxy | None:
+        """self[index], where that stays packed."""
+        if self.five_dims or not isinstance(index, tuple):
+            return None
+        others = index[:2] + index[3:]
+        if not all(
+            isinstance(part, slice) and part.start is part.stop is part.step is None
+            for part in others
+        ):
+            return None
+        if len(index) == 5 and index[2] is None and self.repeats == 1:
+            return self._like(self.mask_sizes[0], 1, True)
+        if len(index) == 4 and isinstance(index[2], slice) and self.view.fresh:
+            part = index[2]
+            if part.start is part.step is None and part.stop == self.view.tokens:
+                return self._like(self.view.tokens, self.repeats, False)
+        return None
+
+    def expanded(self, *size: Any) -> KVQProxy | None:
+        """self.expand(*size), where that stays packed."""
+        wanted, shape = _flat(size), self.shape
+        if not self.five_dims or self.repeats > 1 or len(wanted) != 5:
+            return None
+        if any(wanted[i] not in (-1, shape[i]) for i in (0, 1, 3, 4)):
+            return None
+        return self._like(self.mask_sizes[0], 1 if wanted[2] == -1 else wanted[2], True)
+
+    def reshaped(self, *size: Any) -> KVQProxy | None:
+        """self.reshape(*size), where that stays packed."""
+        if not self.five_dims:
+            return None
+        batch, groups, repeats, rows, dim = self.shape
+        if tuple(_flat(size)) != (batch, groups * repeats, rows, dim):
+            return None
+        return self._like(self.mask_sizes[0], repeats, False)
+
+    def __getitem__(self, index: Any) -> KVQProxy:  # type: ignore[override]
+        return self.indexed(index) or self._refuse()
+
+    def expand(self, *size: Any) -> KVQProxy:
+        return self.expanded(*size) or self._refuse()
+
+    def reshape(self, *size: Any) -> KVQProxy:
+        return self.reshaped(*size) or self._refuse()
+
+    def dequantize(self) -> torch.Tensor:
+        """The dense values, in the cache's dtype."""
+        rows, first = self.mask_sizes
+        dense = self.cache.dense(self.side, first, rows, self.view)
+        if self.five_dims:
+            return dense[:, :, None].expand(-1, -1, self.repeats, -1, -1)
+        return dense if self.repeats == 1 else dense.repeat_interleave(self.repeats, 1)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        if func is scaled_dot_product_attention:
+            return _attention(*args, **(kwargs or {}))
+        return cls._refuse(cls)  # type: ignore[arg-type]
+
+
 class KVQTensor(torch.Tensor):
     """A layer's keys or values as a tensor without storage, for code that knows nothing of it.
 
@@ -73,37 +177,22 @@ class KVQTensor(torch.Tensor):
     but costs the memory and the time of a dense cache.
     """
 
-    handle: KVQHandle
-    #: query heads per KV head, and whether they are (still) a dimension of their own
-    repeats: int
-    five_dims: bool
+    proxy: KVQProxy
 
     @staticmethod
-    def __new__(
-        cls: type[KVQTensor], handle: KVQHandle, repeats: int = 1, five_dims: bool = False
-    ) -> KVQTensor:
-        batch, groups, rows, size = handle.shape
-        heads = (groups, repeats) if five_dims else (groups * repeats,)
+    def __new__(cls: type[KVQTensor], proxy: KVQProxy) -> KVQTensor:
         made = torch.Tensor._make_wrapper_subclass(
-            cls, (batch, *heads, rows, size), dtype=handle.dtype, device=handle.device
+            cls, proxy.shape, dtype=proxy.dtype, device=proxy.device
         )
-        made.handle, made.repeats, made.five_dims = handle, repeats, five_dims
+        made.proxy = proxy
         return made
 
     def __repr__(self) -> str:  # type: ignore[override]
-        return f"KVQTensor({list(self.shape)}, {self.handle.side}, {self.handle.cache})"
+        return f"KVQTensor({list(self.shape)}, {self.proxy.side}, {self.proxy.cache})"
 
     def dequantize(self) -> torch.Tensor:  # type: ignore[override]
         """The dense values, in the cache's dtype."""
-        handle = self.handle
-        dense = handle.cache.dense(handle.side, handle.view)
-        missing = handle.rows - dense.shape[2]
-        if missing > 0:  # the unused slots of a static cache, which a mask hides
-            dense = torch.nn.functional.pad(dense, (0, 0, 0, missing))
-        dense = dense[:, :, -handle.rows :]
-        if self.five_dims:
-            return dense[:, :, None].expand(-1, -1, self.repeats, -1, -1)
-        return dense if self.repeats == 1 else dense.repeat_interleave(self.repeats, 1)
+        return self.proxy.dequantize()
 
     @classmethod
     def __torch_function__(
@@ -116,10 +205,10 @@ class KVQTensor(torch.Tensor):
             # Not super(): that wraps what it returns in this class.
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if isinstance(args[0], KVQTensor):
-            rewritten = args[0]._rewrite(func, args[1:])
-            if rewritten is not None:
-                return rewritten
+        if func in _PACKED and isinstance(args[0], KVQTensor) and not kwargs:
+            proxy = _PACKED[func](args[0].proxy, *args[1:])
+            if proxy is not None:
+                return KVQTensor(proxy)
         return func(*tree_map(_dense, args), **tree_map(_dense, kwargs))
 
     @classmethod
@@ -128,40 +217,18 @@ class KVQTensor(torch.Tensor):
     ) -> Any:
         return func(*tree_map(_dense, args), **tree_map(_dense, kwargs or {}))
 
-    def _rewrite(self, func: Callable, args: tuple) -> KVQTensor | None:
-        """The steps of repeat_kv and the cut to a prefill's tokens; None for anything else."""
-        if func is torch.Tensor.contiguous and not args:
-            return self
-        if func is torch.Tensor.__getitem__ and not self.five_dims:
-            whole, handle = slice(None), self.handle
-            index = args[0]
-            if self.repeats == 1 and index == (whole, whole, None, whole, whole):
-                return KVQTensor(handle, five_dims=True)
-            first = (whole, whole, slice(None, handle.view.tokens), whole)
-            if handle.view.fresh and index == first:
-                shorter = KVQHandle(handle.cache, handle.view, handle.side, handle.view.tokens)
-                return KVQTensor(shorter, self.repeats)
-        if func is torch.Tensor.expand and self.five_dims and self.repeats == 1:
-            size = _sizes(args)
-            shape = list(self.shape)
-            if len(size) == 5 and all(
-                given in (-1, own)
-                for i, (given, own) in enumerate(zip(size, shape, strict=True))
-                if i != 2
-            ):
-                repeats = shape[2] if size[2] == -1 else size[2]
-                return KVQTensor(self.handle, repeats, five_dims=True)
-        if func is torch.Tensor.reshape and self.five_dims:
-            batch, groups, repeats, rows, dim = self.shape
-            if tuple(_sizes(args)) == (batch, groups * repeats, rows, dim):
-                return KVQTensor(self.handle, repeats)
-        return None
+
+def _flat(size: tuple) -> Sequence[int]:
+    return size[0] if len(size) == 1 and isinstance(size[0], (tuple, list)) else size
 
 
-def _sizes(args: tuple) -> Sequence[int]:
-    return args[0] if len(args) == 1 and isinstance(args[0], (tuple, list)) else args
-
-
+#: What leaves a KVQTensor packed, if the proxy's method says so.
+_PACKED: dict[Callable, Callable[..., KVQProxy | None]] = {
+    torch.Tensor.__getitem__: KVQProxy.indexed,
+    torch.Tensor.expand: KVQProxy.expanded,
+    torch.Tensor.reshape: KVQProxy.reshaped,
+    torch.Tensor.contiguous: lambda proxy, *args: proxy if not args else None,
+}
 _METADATA = {
     *(
         getattr(torch.Tensor, name).__get__
@@ -177,7 +244,7 @@ _METADATA = {
 
 
 def _dense(x: Any) -> Any:
-    if not isinstance(x, KVQTensor):
+    if not isinstance(x, (KVQTensor, KVQProxy)):
         return x
     if not torch.compiler.is_compiling():
         warnings.warn(
@@ -190,8 +257,8 @@ def _dense(x: Any) -> Any:
 
 def _attention(
     query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    key: torch.Tensor | KVQProxy,
+    value: torch.Tensor | KVQProxy,
     attn_mask: torch.Tensor | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
@@ -199,14 +266,15 @@ def _attention(
     enable_gqa: bool = False,
 ) -> torch.Tensor:
     """scaled_dot_product_attention whose keys and values may be packed."""
-    handle = key.handle if isinstance(key, KVQTensor) and not key.five_dims else None
+    handle = key.proxy if isinstance(key, KVQTensor) else key
     # transformers' pack_gqa hands a decode step's heads over as rows [B, G, H / G, D].
-    heads_as_rows = handle is not None and handle.view.tokens == 1 and query.shape[2] > 1
+    heads_as_rows = isinstance(handle, KVQProxy) and handle.view.tokens == 1 and query.shape[2] > 1
     if (
-        handle is None
-        or not isinstance(value, KVQTensor)
+        not isinstance(handle, KVQProxy)
+        or handle.five_dims
+        or not isinstance(value, (KVQTensor, KVQProxy))
         or dropout_p
-        or query.shape[0] != key.shape[0]
+        or query.shape[0] != handle.cache.batch_size
         or (query.shape[2] != handle.view.tokens and not heads_as_rows)
     ):
         return scaled_dot_product_attention(
