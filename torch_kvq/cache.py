@@ -415,6 +415,37 @@ class QuantizedKVCache(nn.Module):
             if size:
                 self._host.oldest = max(self._host.oldest, self._host.value - size)
 
+    def set_rollback(self, tokens: int) -> None:
+        """Make ``tokens`` the rollback_tokens of a growing cache: move its ring and recent window.
+
+        What is overwritten stays so; a smaller number frees the storage at once.
+        """
+        if self.static:
+            raise RuntimeError("[kvq.cache] rollback_tokens of a static cache are fixed")
+        self._forget_overwritten()
+        names = [f"{side}_{name}" for side in "kv" for name in Packed._fields]
+        if self.ring:
+            self.limit = self.window + tokens
+            self._move_ring(names, self.limit)
+        if self.recent_tokens:
+            self._move_ring(["k_recent", "v_recent"], self.recent_tokens + tokens)
+        self.rollback_tokens = tokens
+        self._forget_overwritten()
+
+    def _move_ring(self, names: list[str], most: int) -> None:
+        """Let buffers that hold position p in slot p mod S hold up to ``most`` positions."""
+        length = self.length
+        for name in names:
+            old = getattr(self, name)
+            wraps = length > min(old.shape[2], most)
+            size = most if wraps or name.endswith("recent") else min(old.shape[2], most)
+            first = length - min(length, old.shape[2], size)
+            positions = torch.arange(first, length, device=old.device)
+            moved = old.new_zeros(*old.shape[:2], size, old.shape[3])
+            if old.shape[2]:
+                moved[:, :, positions % max(size, 1)] = old[:, :, positions % old.shape[2]]
+            setattr(self, name, moved)
+
     def _write_windows(
         self, key: torch.Tensor, value: torch.Tensor, past: int | torch.Tensor
     ) -> None:

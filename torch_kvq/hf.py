@@ -82,6 +82,9 @@ class KVQLayer(CacheLayerMixin):
         self.is_ring = makes_ring(self.window, max_cache_len)
         #: tokens that every layer of the cache takes: no ring may run ahead of a full layer
         self.bound: int | None = None
+        self.record_past = False
+        #: tokens since the last crop
+        self._recorded = 0
         self._varying: tuple[Any, dict[str, torch.Tensor | None]] | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -108,7 +111,15 @@ class KVQLayer(CacheLayerMixin):
                 torch._dynamo.mark_static_address(buffer)
         if not self.is_compileable:
             self._varying = self.cache._host, self.cache._buffers
+        self.rollback_tokens = self.cache.rollback_tokens
         self.is_initialized = True
+
+    def _record(self, tokens: int) -> None:
+        """Keep what these tokens would push out of a ring or a recent window."""
+        assert self.cache is not None
+        self._recorded += tokens
+        if self._recorded > self.cache.rollback_tokens:
+            self.cache.set_rollback(self._recorded)
 
     def update(  # type: ignore[override]
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -117,6 +128,8 @@ class KVQLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         assert self.cache is not None
         mask_sizes = self.get_mask_sizes(key_states.shape[2])
+        if self.record_past and not self.cache.static:
+            self._record(key_states.shape[2])
         view = self.cache.append(key_states, value_states)
         keys, values = (self._carry(view, side, mask_sizes) for side in "kv")
         return keys, values
@@ -177,15 +190,24 @@ class KVQLayer(CacheLayerMixin):
         return -1 if self.max_cache_len is None else self.max_cache_len
 
     def activate_past_recording(self) -> None:
-        """Rollback needs nothing more: the ring keeps rollback_tokens beyond its window."""
+        """From now on :meth:`crop` goes back over every token since the last crop.
+
+        A ring and a recent window keep rollback_tokens anyway, and now more where that is less;
+        static ones cannot.
+        """
+        self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove > 0:
             raise ValueError(
                 f"[kvq.crop] expected a negative number of tokens to remove, got {tokens_to_remove}"
             )
-        if self.cache is not None:
-            self.cache.crop(-tokens_to_remove)
+        if self.cache is None:
+            return
+        self.cache.crop(-tokens_to_remove)
+        self._recorded = 0
+        if self.cache.rollback_tokens != self.rollback_tokens:
+            self.cache.set_rollback(self.rollback_tokens)
 
     def reset(self) -> None:
         if self.cache is None:
