@@ -94,7 +94,7 @@ def test_static_inductor(device):
 
 
 @pytest.mark.parametrize("implementation", ["kvq", "sdpa"])
-@pytest.mark.parametrize("name", ["llama", "gemma3"])
+@pytest.mark.parametrize("name", [pytest.param("llama", marks=pytest.mark.slow), "gemma3"])
 def test_static_aot_eager(name, implementation, device):
     """Rings and both carriers: one graph from before the ring is full until long after."""
     model = tiny_model(name, device)

@@ -40,8 +40,15 @@ def export(step: DecodeStep, device: str, strict: bool) -> torch.export.Exported
         return torch.export.export(step, (example,), strict=strict)
 
 
-@pytest.mark.parametrize("strict", [True, False], ids=["strict", "not_strict"])
-@pytest.mark.parametrize("name", ["llama", "gemma3"])
+@pytest.mark.parametrize(
+    "name,strict",
+    [
+        pytest.param("llama", True, id="llama-strict"),
+        pytest.param("gemma3", False, id="gemma3-not_strict"),
+        pytest.param("llama", False, id="llama-not_strict", marks=pytest.mark.slow),
+        pytest.param("gemma3", True, id="gemma3-strict", marks=pytest.mark.slow),
+    ],
+)
 def test_export_and_load(name, strict, device, tmp_path):
     expected = decode(make_step(name, device), device)
     program = export(make_step(name, device), device, strict)
