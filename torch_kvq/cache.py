@@ -13,6 +13,7 @@ from torch import nn
 from torch_kvq import ops, serialization
 from torch_kvq.codebooks import SIGNS_SEED, hadamard_signs
 from torch_kvq.formats import FLOAT_DTYPES, SCALE_DTYPES, KVFormat, default_scale_dtype
+from torch_kvq.memory import zeros
 from torch_kvq.ops import Format, Packed
 from torch_kvq.storage import KVView, after_slots, grow, with_exact, write_first
 
@@ -441,7 +442,8 @@ class QuantizedKVCache(nn.Module):
             size = most if wraps or name.endswith("recent") else min(old.shape[2], most)
             first = length - min(length, old.shape[2], size)
             positions = torch.arange(first, length, device=old.device)
-            moved = old.new_zeros(*old.shape[:2], size, old.shape[3])
+            shape = (*old.shape[:2], size, old.shape[3])
+            moved = zeros(*shape, dtype=old.dtype, device=old.device)
             if old.shape[2]:
                 moved[:, :, positions % max(size, 1)] = old[:, :, positions % old.shape[2]]
             setattr(self, name, moved)
