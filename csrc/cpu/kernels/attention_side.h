@@ -7,6 +7,8 @@
 namespace kvq::cpu::KVQ_ISA {
 
 constexpr int kMaxSlabs = kMaxHeadDim / kSlab;
+/// Bytes of a row from which blocks of K and V are large (see Ahead).
+constexpr int64_t kLargeRow = 96;
 /// Stands for tokens past a block: finite whatever its format, so that a weight of 0 hides it.
 alignas(64) constexpr uint8_t kZeroRow[kMaxHeadDim * sizeof(float)] = {};
 
@@ -175,7 +177,7 @@ class Side {
   Ahead ahead(int slab) const {
     if (!ahead_) return {};
     const int64_t bytes = (codes_stride_ + slabs_ - 1) / slabs_;
-    return {ahead_ + slab * bytes * kBlockTokens, bytes};
+    return {ahead_ + slab * bytes * kBlockTokens, bytes, codes_stride_ >= kLargeRow};
   }
 
   /// Few lines, where scales lie next to each other.

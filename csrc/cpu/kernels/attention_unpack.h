@@ -155,18 +155,21 @@ struct Single {
   F operator()(I x) const { return as_float(x); }
 };
 
-/// Asks for the next block while this one is unpacked, line after line: order lets the processor's
-/// own prefetcher join in, and many lines at once would stall.
+/// Asks for the next block while this one is unpacked, a few lines at a time: many at once stall.
 struct Ahead {
   const uint8_t* from = nullptr;  ///< what this slab asks for; null: nothing
   int64_t token_bytes = 0;        ///< of it, per token unpacked
+  bool large = false;             ///< whether blocks crowd each other out of the first-level cache
 
-  /// The share of tokens [first, first + count).
-  void ask(int first, int count) const {
+  /// The share of tokens [first, first + count). Inline: GCC takes a call that only prefetches for
+  /// one without effect, and drops it.
+  [[gnu::always_inline]] void ask(int first, int count) const {
     if (!from) return;
-    const int64_t end = (first + count) * token_bytes;
-    for (int64_t i = (first * token_bytes + 63) & -64; i < end; i += 64) {
-      __builtin_prefetch(from + i);
+    const int64_t begin = (first * token_bytes + 63) & -64, end = (first + count) * token_bytes;
+    if (large) {
+      for (int64_t i = begin; i < end; i += 64) __builtin_prefetch(from + i, 0, 2);
+    } else {
+      for (int64_t i = begin; i < end; i += 64) __builtin_prefetch(from + i);
     }
   }
 };
