@@ -84,12 +84,15 @@ class Worker {
     int64_t begin = row.begin + task_.split * args_.split_tokens;
     int64_t end = begin + args_.split_tokens;
     // A block's queries are in order: the first sees furthest back, the last furthest ahead.
+    const int64_t last = end_[task_.rows - 1];
     begin = begin > begin_[0] ? begin : begin_[0];
-    end = end < end_[task_.rows - 1] ? end : end_[task_.rows - 1];
+    end = end < last ? end : last;
     for (int64_t position = begin; position < end; position += kBlockTokens) {
-      const int64_t left = end - position, after = left - kBlockTokens;
+      const int64_t left = end - position;
       tokens_ = static_cast<int>(left < kBlockTokens ? left : kBlockTokens);
-      next_ = after < 0 ? 0 : after < kBlockTokens ? after : kBlockTokens;
+      // Also past the end of the split: most often the next task goes on there.
+      const int64_t after = last - position - tokens_;
+      next_ = after < kBlockTokens ? after : kBlockTokens;
       score(position);
       for (int64_t r = 0; r < task_.rows; ++r) weigh(r, position);
       add_values(position);
