@@ -225,7 +225,8 @@ def bench_quantize(case: Case, peer: str) -> Bench:
         ours(0), (case.k_format, case.v_format), (case.key, case.value), strict=True
     ):
         error = (ops.dequantize(packed, fmt) - x.float()).norm() / x.float().norm()
-        assert error < 2.0 ** (1 - fmt.bits), f"{fmt} loses {error:.2f}"
+        bound = 0.1 if fmt.family == "fp8" else 2.0 ** (1 - fmt.bits)
+        assert error < bound, f"{fmt} loses {error:.3f}"
     return Bench(ours, quantize_peer(case, peer), nbytes((case.key, case.value)))
 
 

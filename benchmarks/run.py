@@ -97,7 +97,9 @@ def run_row(args: argparse.Namespace) -> dict:
         bench = OPS[args.op][0](Case(args), args.peer)
         nbytes = bench.nbytes
         functions = {"ours": bench.ours, "peer": bench.peer}
-        row["times"] = interleaved(functions, budget_s=args.budget)
+        # With several threads: a peer's spinning pool must be asleep before ours starts.
+        pause_s = q4_k.PAUSE_S if args.threads > 1 else 0.0
+        row["times"] = interleaved(functions, budget_s=args.budget, pause_s=pause_s)
     times = row.pop("times")
     ours, peer = times["ours"], times["peer"]
     row |= {

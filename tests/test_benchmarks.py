@@ -81,6 +81,12 @@ def test_attention_variants(bench: ModuleType, extra: list[str]) -> None:
     check_row(bench.run_row(bench.parser().parse_args([*TINY, *extra])))
 
 
+@pytest.mark.parametrize("op", ["quantize", "dequantize", "append"])
+def test_every_format(bench: ModuleType, op: str) -> None:
+    for fmt in importlib.import_module("table").FORMATS:
+        check_row(bench.run_row(bench.parser().parse_args(["--op", op, "--format", fmt, *TINY])))
+
+
 def test_linear(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "LENGTHS", (64, 128, 256))
     row = bench.run_row(bench.parser().parse_args(["--op", "linear", *TINY, "--tokens", "256"]))
