@@ -35,7 +35,10 @@ def use_without_library() -> None:
 REPEATS = (1, 4, 8)
 SIZES = ((16, 16384), (1, 131072))
 GROUPS = 8
-#: Formats of K and V that are timed, with the dtype of the query.
+#: Query tokens of a timed step; several with MULTI_QUERY only, unless formats are named.
+QUERIES = (1, 4, 8)
+MULTI_QUERY = ("int4-g64",)
+#: Formats of K and V that are timed.
 TIMED = ("int8-g64", "int4-g64", "int4-g64-rot", "tq4", "fp8_e4m3-g64", "q8_0", "q4_0")
 
 
@@ -58,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
         else:
             command.add_argument("--op", nargs="+", help="default: all")
             command.add_argument("--repeats", nargs="+", type=int, default=list(REPEATS))
-            command.add_argument("--queries", nargs="+", type=int, default=[1])
+            command.add_argument("--queries", nargs="+", type=int, default=list(QUERIES))
             command.add_argument("--out", type=Path, metavar="JSON")
         if name == "run":
             command.add_argument("--no-checks", action="store_true", help="time only")
@@ -93,7 +96,8 @@ def attention_cases(args: argparse.Namespace):  # type: ignore[no-untyped-def]
     for fmt in args.formats or TIMED:
         for repeat in args.repeats:
             for queries in args.queries:
-                yield fmt, repeat, queries
+                if queries == 1 or args.formats or fmt in MULTI_QUERY:
+                    yield fmt, repeat, queries
 
 
 def run_attention(kernels, args: argparse.Namespace) -> list[dict]:  # type: ignore[no-untyped-def]
@@ -135,28 +139,83 @@ def run_attention(kernels, args: argparse.Namespace) -> list[dict]:  # type: ign
     return rows
 
 
+def is_timed(row: dict, args: argparse.Namespace) -> bool:
+    """Whether a codec kernel is among those that are timed: one group size, plain or rotated."""
+    if row["dtype"] not in (args.dtypes or ["half"]) or row["op"].startswith("attention"):
+        return False
+    if not row["constants"].get("kvq_wide", 1):
+        return False
+    if row["op"] == "mlx_native_dequantize" or (args.op and row["op"] not in args.op):
+        return False
+    if row["op"] == "hadamard":
+        return row["constants"]["kvq_signs"] == 1
+    if row["op"] == "append":
+        return "g32" not in row["k"] and "g128" not in row["k"]
+    turbo = row["format"].startswith("tq")
+    plain = row["constants"]["kvq_rotate"] == turbo and not row["constants"]["kvq_centre"]
+    rotated = row["constants"]["kvq_rotate"] and not row["constants"]["kvq_centre"]
+    wanted = plain or (rotated and row["format"] == "int4-g64")
+    return wanted and row["format"].partition("-")[2] in ("", "g64")
+
+
+def run_codecs(kernels, args: argparse.Namespace) -> list[dict]:  # type: ignore[no-untyped-def]
+    """Times the kernels of packed rows against copies."""
+    from benchmarks.gpu import codecs
+
+    timed = [row for row in kernels.rows if is_timed(row, args)]
+    found = []
+    for batch, tokens in ((16, 512), (64, 512), (16, 16384)):
+        try:
+            for result in codecs.measure(kernels, timed, batch, tokens):
+                found.append(result)
+                rotated = any(v for k, v in result["constants"].items() if k.endswith("rotate"))
+                print(
+                    f"{result['op']:10s} {result['format']:22s} {'rotated' if rotated else '':7s} "
+                    f"B={batch:<3d} L={tokens:<6d} {result['us']:7.1f} us {result['gbps']:5.0f} "
+                    f"GB/s {100 * result['of_copy']:4.0f} % of copy, "
+                    f"{result['registers']} registers",
+                    flush=True,
+                )
+        except Exception:
+            traceback.print_exc()
+    return found
+
+
 def launch(args: argparse.Namespace) -> int:
     """What ncu and compute-sanitizer run."""
     import torch
 
-    from benchmarks.gpu import attention
+    from benchmarks.gpu import attention, codecs
     from benchmarks.gpu.catalogue import DTYPES
     from benchmarks.gpu.device import Kernels
 
     kernels = Kernels(args.kernels)
     launched = []
     if args.what == "small":
-        launched = [row["kernel"] for row, _ in attention.small_checks(kernels)]
+        for module in (attention, codecs):
+            launched += [row["kernel"] for row, _ in module.small_checks(kernels)]
     else:
         dtype = DTYPES[(args.dtypes or ["half"])[0]]
+        for row in kernels.rows:
+            if is_timed(row, args):
+                call, size = codecs.timed_call(kernels, row, 16, 512, GROUPS, 128)
+                call()
+                launched.append(
+                    {"kernel": row["kernel"], "op": row["op"], "nbytes": size,
+                     "format": row.get("format") or row.get("k", ""),
+                     "constants": row["constants"], "registers": row["registers"]}
+                )  # fmt: skip
         for fmt, repeat, queries in attention_cases(args):
+            if args.op and "attention" not in args.op:
+                break
             shape = attention.Shape(2, GROUPS * repeat, GROUPS, queries, 16384)
             k, _, v = fmt.partition("/")
             case = attention.Case(k, v or k, dtype, shape)
             for row in attention.candidates(kernels, case):
                 attention.Attention(kernels, row, case, 1)()
                 launched.append(
-                    {"kernel": row["kernel"], "nbytes": case.nbytes, "format": fmt,
+                    {"kernel": row["kernel"], "op": "attention", "nbytes": case.nbytes,
+                     "format": fmt,
                      "heads_per_kv_head": repeat, "queries": queries,
                      "registers": row["registers"]}
                 )  # fmt: skip
@@ -186,7 +245,8 @@ def count_instructions(args: argparse.Namespace) -> list[dict]:
         row["instructions_per_byte"] = 32 * metrics[profile.INSTRUCTIONS] / row["nbytes"]
         counters = row["counters"]
         print(
-            f"{row['format']:14s} H/G={row['heads_per_kv_head']} L={row['queries']}: "
+            f"{row['op']} {row['format']:14s} H/G={row.get('heads_per_kv_head', '-')} "
+            f"L={row.get('queries', '-')}: "
             f"{row['instructions_per_byte']:5.1f} instructions/byte, "
             f"{counters[profile.METRICS[1]] / 1e3:7.1f} us, warps "
             f"{counters[profile.METRICS[2]]:3.0f} %, issue {counters[profile.METRICS[3]]:3.0f} %, "
@@ -196,21 +256,43 @@ def count_instructions(args: argparse.Namespace) -> list[dict]:
     return launched
 
 
+def run_checks(kernels, args: argparse.Namespace) -> dict:  # type: ignore[no-untyped-def]
+    """Every kernel of the build against the reference."""
+    from benchmarks.gpu import attention, codecs
+
+    checks = {}
+    for name, module in (("attention", attention), ("codecs", codecs)):
+        begin = time.perf_counter()
+        results, wrong = [], []
+        try:
+            for row, result in module.small_checks(kernels):
+                results.append(result)
+                if not result["ok"]:
+                    wrong.append({"kernel": row["kernel"], "constants": row["constants"], **result})
+        except Exception:
+            wrong.append({"failed": traceback.format_exc()})
+            traceback.print_exc()
+        checks[name] = {"kernels": len(results), "wrong": wrong}
+        seconds = time.perf_counter() - begin
+        print(f"{name}: {len(results)} kernels checked in {seconds:.0f} s", flush=True)
+        for each in wrong[:20]:
+            print("WRONG", each, flush=True)
+    return checks
+
+
 def run(args: argparse.Namespace) -> int:
-    from benchmarks.gpu import attention
     from benchmarks.gpu.device import Kernels, bandwidth, machine
 
     kernels = Kernels(args.kernels)
     started = time.perf_counter()
     found: dict = {"machine": machine(), "bandwidth": bandwidth()}
     print(json.dumps(found), flush=True)
+    if not args.no_checks:
+        found["checks"] = run_checks(kernels, args)
+    if not args.op or set(args.op) - {"attention"}:
+        found["codecs"] = run_codecs(kernels, args)
     wanted = set(args.op or ("attention",))
     if "attention" in wanted:
-        if not args.no_checks:
-            results = list(attention.small_checks(kernels))
-            wrong = [row["kernel"] for row, result in results if not result["ok"]]
-            found["checks"] = {"kernels": len(results), "wrong": wrong}
-            print(f"{len(results)} attention kernels checked, wrong: {wrong or 'none'}", flush=True)
         found["attention"] = run_attention(kernels, args)
     if not args.no_counters:
         try:
@@ -218,10 +300,45 @@ def run(args: argparse.Namespace) -> int:
         except Exception:
             found["instructions_failed"] = traceback.format_exc()
             traceback.print_exc()
+    found["registers"] = registers(kernels.rows)
     found["seconds"] = time.perf_counter() - started
+    print(summary(found))
     if args.out:
         args.out.write_text(json.dumps(found, indent=1))
-    return 0
+    checks = found.get("checks", {}).values()
+    return 1 if any(check["wrong"] for check in checks) else 0
+
+
+def registers(rows: list[dict]) -> dict[str, dict]:
+    """ptxas's figures of every kernel; the largest where function constants make several."""
+    found: dict[str, dict] = {}
+    for row in rows:
+        names = ("registers", "spilled", "threadgroup_bytes")
+        most = found.setdefault(row["kernel"], dict.fromkeys(names, 0))
+        for name in names:
+            most[name] = max(most[name], row.get(name, 0))
+    return found
+
+
+def summary(found: dict) -> str:
+    """Attention as one table: times faster than torch's best, and instructions a packed byte."""
+    counted = {
+        (row["format"], row["heads_per_kv_head"], row["queries"], row["kernel"]): row
+        for row in found.get("instructions", [])
+        if row["op"] == "attention"
+    }
+    lines = ["format          B      T  H/G  L   times dense  instructions/byte  registers"]
+    for row in found.get("attention", []):
+        if "us" not in row:
+            continue
+        key = row["format"], row["heads_per_kv_head"], row["queries"], row["kernel"]
+        per_byte = counted.get(key, {}).get("instructions_per_byte")
+        lines.append(
+            f"{row['format']:14s} {row['batch']:2d} {row['tokens']:6d} "
+            f"{row['heads_per_kv_head']:4d} {row['queries']:2d} {row['ratio']:13.2f} "
+            f"{per_byte if per_byte is None else round(per_byte, 1)!s:>18} {row['registers']:10d}"
+        )
+    return "\n".join(lines)
 
 
 def sanitize(args: argparse.Namespace) -> int:
@@ -236,7 +353,8 @@ def sanitize(args: argparse.Namespace) -> int:
         if not result["clean"]:
             print(result["output"])
     if args.out:
-        args.out.write_text(json.dumps(results, indent=1))
+        found = json.loads(args.out.read_text()) if args.out.exists() else {}
+        args.out.write_text(json.dumps({**found, "sanitizer": results}, indent=1))
     return 0 if all(r["clean"] for r in results) else 1
 
 

@@ -1,10 +1,10 @@
-// kvq_append_*: K and V of a step in one dispatch. One simdgroup per vector; grid: 32 lanes,
-// L tokens, 2 * B * heads rows, K's first. Pairs of formats are too many to name: both formats
-// are function constants, so a pipeline holds the code of its pair only.
+// kvq_append_*: K and V of a step in one dispatch. A simdgroup takes neighbouring tokens; grid: 32
+// lanes, as many simdgroups as the side with fewer tokens each needs, 2 * B * heads rows, K's
+// first. Pairs of formats are too many to name: both formats are function constants, so a pipeline
+// holds the code of its pair only.
 #pragma once
 
 #include "affine.h"
-#include "dense.h"
 #include "fp8.h"
 #include "gguf.h"
 #include "rows.h"
@@ -15,36 +15,78 @@ constant int kvq_k_bits [[function_constant(1)]];
 constant int kvq_k_group [[function_constant(2)]];
 constant bool kvq_k_rotate [[function_constant(3)]];
 constant bool kvq_k_centre [[function_constant(4)]];
-constant int kvq_v_family [[function_constant(5)]];
-constant int kvq_v_bits [[function_constant(6)]];
-constant int kvq_v_group [[function_constant(7)]];
-constant bool kvq_v_rotate [[function_constant(8)]];
-constant bool kvq_v_centre [[function_constant(9)]];
+constant int kvq_k_head_dim [[function_constant(5)]];
+constant bool kvq_k_wide [[function_constant(6)]];
+constant int kvq_v_family [[function_constant(7)]];
+constant int kvq_v_bits [[function_constant(8)]];
+constant int kvq_v_group [[function_constant(9)]];
+constant bool kvq_v_rotate [[function_constant(10)]];
+constant bool kvq_v_centre [[function_constant(11)]];
+constant int kvq_v_head_dim [[function_constant(12)]];
+constant bool kvq_v_wide [[function_constant(13)]];
 
-inline void encode_as(int family, threadgroup float* row, uint lane, int n,
-                      thread const Target& out, int bits, int group) {
+METAL_FUNC void encode_as(int family, thread float* x, thread const Place& at,
+                          thread const Target& out, int bits, int group, threadgroup float* row) {
   switch (family) {
     case KVQ_FAMILY_AFFINE:
-      Affine::encode(row, lane, n, out, bits, group);
+      Affine::encode(x, at, out, bits, group, row);
       break;
     case KVQ_FAMILY_FP8_E4M3:
-      Fp8E4M3::encode(row, lane, n, out, bits, group);
+      Fp8E4M3::encode(x, at, out, bits, group, row);
       break;
     case KVQ_FAMILY_FP8_E5M2:
-      Fp8E5M2::encode(row, lane, n, out, bits, group);
+      Fp8E5M2::encode(x, at, out, bits, group, row);
       break;
     case KVQ_FAMILY_Q8_0:
-      Q8_0::encode(row, lane, n, out, bits, group);
+      Q8_0::encode(x, at, out, bits, group, row);
       break;
     case KVQ_FAMILY_Q4_0:
-      Q4_0::encode(row, lane, n, out, bits, group);
-      break;
-    case KVQ_FAMILY_TURBOQUANT:
-      TurboQuant::encode(row, lane, n, out, bits, group);
+      Q4_0::encode(x, at, out, bits, group, row);
       break;
     default:
-      Dense::encode(row, lane, n, out, bits, group);
+      TurboQuant::encode(x, at, out, bits, group, row);
       break;
+  }
+}
+
+/// Vectors of one side that a simdgroup takes.
+inline int side_vectors(int family, int dim) {
+  return family == KVQ_FAMILY_NONE ? 1 : vectors_per_simdgroup(dim);
+}
+
+/// Packs one side's tokens of simdgroup number `simdgroup` of the head.
+template <typename T>
+METAL_FUNC void append_side(const device T* x, device uchar* codes, device uchar* scales,
+                            device uchar* biases, const device float* signs,
+                            const device float* mean, const device int* position,
+                            constant KvqWriteParams& params, constant KvqWriteSide& side,
+                            threadgroup float* row, int b, int g, int simdgroup, uint lane,
+                            int family, int bits, int group, bool rotate, bool centre, int dim,
+                            bool wide) {
+  const bool dense = family == KVQ_FAMILY_NONE;
+  const int vectors = side_vectors(family, dim);
+  const Slots slots = slots_of(params, position, b, side.capacity);
+  const Target head = target_of(codes, scales, biases, side, b, g, dense, rotate);
+  Place place = place_of(dense ? 256 : dim, lane, wide);
+  const bool exists = g < side.heads && (dense || place.vector < vectors);
+  const int steps =
+      steps_of(kvq_k_family, kvq_k_rotate, steps_of(kvq_v_family, kvq_v_rotate, params.steps));
+  int t = simdgroup * steps * vectors + (dense ? 0 : place.vector);
+  const device T* from = x + (b * side.x.batch + g * side.x.head + t * side.x.token);
+  KVQ_ROLLED for (int step = 0; step < steps; ++step) {
+    const int64_t slot = exists ? slots.of(t) : -1l;
+    const Target out = slot_target(head, side, slot, dense);
+    if (dense) {
+      if (slot >= 0) copy_row(from, signs, mean + g * dim, side, row, lane, rotate, centre, out);
+    } else {
+      place.active = slot >= 0;
+      float v[8 * KVQ_PASSES];
+      load_lanes(from, signs, mean + g * dim, place, side.block, side.norm,
+                 rotate || family == KVQ_FAMILY_TURBOQUANT, rotate, centre, v);
+      encode_as(family, v, place, out, bits, group, row);
+    }
+    t += vectors;
+    from += vectors * side.x.token;
   }
 }
 
@@ -61,22 +103,14 @@ template <typename T>
     uint lane [[thread_index_in_simdgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]]) {
   const int g = int(at.z) % params.heads, b = int(at.z) / params.heads % params.batch;
   const bool is_v = int(at.z) / params.heads >= params.batch;
-  const int t = int(at.y);
-  constant KvqWriteSide& side = params.side[is_v ? 1 : 0];
-  const int64_t slot = slot_of(params, position, b, t, side.capacity);
-  if (slot >= 0 && g < side.heads) {
-    const int family = is_v ? kvq_v_family : kvq_k_family;
-    const int bits = is_v ? kvq_v_bits : kvq_k_bits;
-    const int group = is_v ? kvq_v_group : kvq_k_group;
-    const bool rotate = is_v ? kvq_v_rotate : kvq_k_rotate;
-    const bool centre = is_v ? kvq_v_centre : kvq_k_centre;
-    threadgroup float* row = rows + int(simdgroup) * params.row;
-    load_row((is_v ? v : k) + (b * side.x.batch + g * side.x.head + t * side.x.token),
-             is_v ? v_signs : k_signs, (is_v ? v_mean : k_mean) + g * side.head_dim, side, row,
-             lane, rotate || family == KVQ_FAMILY_TURBOQUANT, rotate, centre);
-    const Target out =
-        target_of(is_v ? v_codes : k_codes, is_v ? v_scales : k_scales, is_v ? v_biases : k_biases,
-                  side, b, g, slot, family == KVQ_FAMILY_NONE, rotate);
-    encode_as(family, row, lane, side.head_dim, out, bits, group);
+  threadgroup float* row = rows + int(simdgroup) * params.row;
+  if (is_v) {
+    append_side(v, v_codes, v_scales, v_biases, v_signs, v_mean, position, params, params.side[1],
+                row, b, g, int(at.y), lane, kvq_v_family, kvq_v_bits, kvq_v_group, kvq_v_rotate,
+                kvq_v_centre, kvq_v_head_dim, kvq_v_wide);
+  } else {
+    append_side(k, k_codes, k_scales, k_biases, k_signs, k_mean, position, params, params.side[0],
+                row, b, g, int(at.y), lane, kvq_k_family, kvq_k_bits, kvq_k_group, kvq_k_rotate,
+                kvq_k_centre, kvq_k_head_dim, kvq_k_wide);
   }
 }

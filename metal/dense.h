@@ -4,7 +4,7 @@
 #include "common.h"
 
 struct Dense {
-  static void encode(threadgroup float* row, uint lane, int n, thread const Target& out, int, int) {
+  static void encode(threadgroup const float* row, uint lane, int n, thread const Target& out) {
     for (int i = int(lane); i < n; i += 32) {
       const int64_t at = i * out.codes_step;
       if (out.codes_dtype == KVQ_FLOAT16) {
@@ -17,7 +17,7 @@ struct Dense {
     }
   }
 
-  static void decode(thread const Source& in, int i, int, int, thread float* y) {
-    y[0] = load_float(in.codes, i, in.codes_dtype);
+  static float decode(thread const Source& in, int i) {
+    return load_float(in.codes, i, in.codes_dtype);
   }
 };

@@ -28,38 +28,52 @@ struct Fp8 {
     return float(aligned) * float(1 << (15 - Bias));
   }
 
-  static void encode(threadgroup float* row, uint lane, int n, thread const Target& out, int,
-                     int group) {
+  static METAL_FUNC void encode(thread float* x, thread const Place& at, thread const Target& out,
+                                int, int group, threadgroup float*) {
     const float most = Bias == 7 ? 448.0f : 57344.0f;
-    for (int g = 0; g < n / group; ++g) {
-      const int begin = g * group + int(lane), end = (g + 1) * group;
+    KVQ_UNROLL for (int pass = 0; pass < KVQ_PASSES; ++pass) {
+      if (256 * pass >= at.dim) continue;
+      thread float* v = x + 8 * pass;
       float largest = 0.0f;
-      int has_nan = 0;
-      for (int i = begin; i < end; i += 32) {
-        const float v = bound(row[i], KVQ_LIMIT);
-        has_nan |= int(is_nan(v));
-        largest = fabs(v) > largest ? fabs(v) : largest;
-        row[i] = v;
+      KVQ_UNROLL for (int i = 0; i < 8; ++i) largest = max(largest, fabs(v[i]));
+      if (may_be_special(v) || largest > KVQ_LIMIT) {
+        largest = 0.0f;
+        bool is_bad = false;
+        KVQ_UNROLL for (int i = 0; i < 8; ++i) {
+          v[i] = bound(v[i], KVQ_LIMIT);
+          is_bad = is_bad || is_nan(v[i]);
+          largest = fabs(v[i]) > largest ? fabs(v[i]) : largest;
+        }
+        largest = is_bad ? INFINITY : largest;  // tells the group of a NaN
       }
-      largest = simd_max(largest);
-      has_nan = simd_max(has_nan);
+      largest = group_max(largest, group / 8);
+      const bool has_nan = largest > KVQ_LIMIT;
       float scale = round_scale(has_nan ? NAN : largest / most, out.scale_dtype);
       scale = scale == 0.0f ? 1.0f : scale;
-      for (int i = begin; i < end; i += 32) {
-        const float scaled = bound(row[i] / scale, most);
-        out.codes[i] = uchar(has_nan ? 0u : code_of(scaled));
+      uint codes[8];
+      if (is_plain_divisor(scale)) {
+        const float inverse = 1.0f / scale;
+        KVQ_UNROLL for (int i = 0; i < 8; ++i) {
+          const float scaled = min(quotient(fabs(v[i]), scale, inverse), most);
+          codes[i] = code_of(scaled) | ((as_type<uint>(v[i]) >> 24) & 0x80u);
+        }
+      } else {
+        KVQ_UNROLL for (int i = 0; i < 8; ++i) {
+          codes[i] = has_nan ? 0u : code_of(bound(v[i] / scale, most));
+        }
       }
-      if (lane == 0) {
-        store_scale(out.scales, g, out.scale_dtype, scale);
-      }
+      if (!at.holds(pass)) continue;
+      const int first = at.first + 256 * pass;
+      store_bytes(out.codes + first, 8, alignment(8, at.wide), pack8(codes, 8));
+      if (first % group == 0) store_scale(out.scales, first / group, out.scale_dtype, scale);
     }
   }
 
-  static void decode(thread const Source& in, int i, int, int group, thread float* y) {
+  static METAL_FUNC void decode(thread const Source& in, int i, int, int group, bool wide,
+                                thread float* y) {
     const float scale = load_float(in.scales, i / group, in.scale_dtype);
-    for (int j = 0; j < 4; ++j) {
-      y[j] = value_of(in.codes[i + j]) * scale;
-    }
+    const uint2 codes = load_bytes(in.codes + i, 8, alignment(8, wide));
+    KVQ_UNROLL for (int j = 0; j < 8; ++j) y[j] = value_of(code_at(codes, j, 8)) * scale;
   }
 };
 

@@ -20,67 +20,114 @@ inline bool is_blank(bool has_nan, float inverse) {
   return has_nan || (as_type<uint>(inverse) & 0x7fffffffu) == 0x7f800000u;
 }
 
+/// Largest magnitude of a block, 4 lanes; bounds the values. Infinite where one is NaN.
+inline float block_peak(thread float* v) {
+  float largest = 0.0f;
+  KVQ_UNROLL for (int i = 0; i < 8; ++i) largest = max(largest, fabs(v[i]));
+  if (may_be_special(v) || largest > KVQ_LIMIT) {
+    largest = 0.0f;
+    bool is_bad = false;
+    KVQ_UNROLL for (int i = 0; i < 8; ++i) {
+      v[i] = bound(v[i], KVQ_LIMIT);
+      is_bad = is_bad || is_nan(v[i]);
+      largest = fabs(v[i]) > largest ? fabs(v[i]) : largest;
+    }
+    largest = is_bad ? INFINITY : largest;
+  }
+  return group_max(largest, 4);
+}
+
 struct Q8_0 {
-  static void encode(threadgroup float* row, uint lane, int n, thread const Target& out, int, int) {
-    for (int b = 0; b < n / 32; ++b) {
-      const float v = bound(row[b * 32 + int(lane)], KVQ_LIMIT);
-      const bool has_nan = simd_max(int(is_nan(v))) != 0;
-      const float largest = simd_max(is_nan(v) ? 0.0f : fabs(v));
+  static METAL_FUNC void encode(thread float* x, thread const Place& at, thread const Target& out,
+                                int, int, threadgroup float*) {
+    KVQ_UNROLL for (int pass = 0; pass < KVQ_PASSES; ++pass) {
+      if (256 * pass >= at.dim) continue;
+      thread float* v = x + 8 * pass;
+      const float largest = block_peak(v);
+      const bool has_nan = largest > KVQ_LIMIT;
       const float d = has_nan ? NAN : largest / 127.0f;
       const float inverse = d == 0.0f ? 0.0f : 1.0f / d;
-      const float scaled = v * inverse;
-      const float magnitude = fabs(scaled);
-      const float whole = floor(magnitude);
-      const float rounded = whole + floor(2.0f * (magnitude - whole));  // half away from zero
-      const int code = rounded > 0.0f && !is_blank(has_nan, inverse) ? int(rounded) : 0;
-      device uchar* block = out.codes + b * 34;
-      block[2 + lane] = uchar((scaled < 0.0f ? -code : code) & 0xff);
-      if (lane == 0) {
-        store_block_scale(block, d);
+      const bool blank = is_blank(has_nan, inverse);
+      uint codes[8];
+      KVQ_UNROLL for (int i = 0; i < 8; ++i) {
+        const float scaled = v[i] * inverse;
+        // Half away from zero: the float before 0.5 is what leaves 0.49999997 at 0.
+        const float rounded = fabs(scaled) + 0.49999997f;
+        const int code = blank ? 0 : int(rounded);
+        codes[i] = uint(scaled < 0.0f ? -code : code) & 0xffu;
       }
+      if (!at.holds(pass)) continue;
+      const int first = at.first + 256 * pass;
+      device uchar* block = out.codes + first / 32 * 34;
+      store_bytes(block + 2 + first % 32, 8, at.wide ? 2 : 1, pack8(codes, 8));
+      if (first % 32 == 0) store_block_scale(block, d);
     }
   }
 
-  static void decode(thread const Source& in, int i, int, int, thread float* y) {
+  static METAL_FUNC void decode(thread const Source& in, int i, int, int, bool wide,
+                                thread float* y) {
     const device uchar* block = in.codes + i / 32 * 34;
     const float d = load_block_scale(block);
-    for (int j = 0; j < 4; ++j) {
-      y[j] = float(as_type<char>(block[2 + i % 32 + j])) * d;
+    const uint2 codes = load_bytes(block + 2 + i % 32, 8, wide ? 2 : 1);
+    KVQ_UNROLL for (int j = 0; j < 8; ++j) {
+      const uint code = code_at(codes, j, 8) ^ 0x80u;
+      y[j] = (float_of_code(code) - 128.0f) * d;
     }
   }
 };
 
 struct Q4_0 {
-  static void encode(threadgroup float* row, uint lane, int n, thread const Target& out, int, int) {
-    for (int b = 0; b < n / 32; ++b) {
-      const float v = bound(row[b * 32 + int(lane)], KVQ_LIMIT);
-      const bool has_nan = simd_max(int(is_nan(v))) != 0;
-      const float magnitude = is_nan(v) ? 0.0f : fabs(v);
-      const float largest = simd_max(magnitude);
-      const int first = simd_min(magnitude == largest ? int(lane) : 32);
-      const float peak = simd_shuffle(v, ushort(first));
+  static METAL_FUNC void encode(thread float* x, thread const Place& at, thread const Target& out,
+                                int, int, threadgroup float*) {
+    KVQ_UNROLL for (int pass = 0; pass < KVQ_PASSES; ++pass) {
+      if (256 * pass >= at.dim) continue;
+      thread float* v = x + 8 * pass;
+      const float largest = block_peak(v);
+      const bool has_nan = largest > KVQ_LIMIT;
+      // The sign of the first value of that magnitude.
+      int first_at = 64;
+      KVQ_UNROLL for (int i = 7; i >= 0; --i) {
+        const int mine = 2 * (at.first % 32 + i) + int(as_type<uint>(v[i]) >> 31);
+        first_at = fabs(v[i]) == largest ? mine : first_at;
+      }
+      first_at = min(first_at, simd_shuffle_xor(first_at, ushort(1)));
+      first_at = min(first_at, simd_shuffle_xor(first_at, ushort(2)));
+      const float peak = first_at % 2 == 1 ? -largest : largest;
       const float d = has_nan ? NAN : peak / -8.0f;
       const float inverse = d == 0.0f ? 0.0f : 1.0f / d;
-      const float scaled = v * inverse;  // rounded before the sum, as ggml's is
-      float code = trunc(scaled + 8.5f);
-      code = code > 0.0f && !is_blank(has_nan, inverse) ? (code > 15.0f ? 15.0f : code) : 0.0f;
-      const uint low = uint(code), high = simd_shuffle_xor(low, ushort(16));
-      device uchar* block = out.codes + b * 18;
-      if (lane < 16) {
-        block[2 + lane] = uchar(low | (high << 4));
+      const bool blank = is_blank(has_nan, inverse);
+      uint2 codes = uint2(0u, 0u);  // a byte each
+      KVQ_UNROLL for (int i = 0; i < 8; ++i) {
+        const float scaled = v[i] * inverse;  // rounded before the sum, as ggml's is
+        const uint code = blank ? 0u : uint(min(max(scaled + 8.5f, 0.0f), 15.0f));
+        if (i < 4) {
+          codes.x |= code << (8 * i);
+        } else {
+          codes.y |= code << (8 * (i - 4));
+        }
       }
-      if (lane == 0) {
-        store_block_scale(block, d);
-      }
+      // The block's second half goes into the high nibbles of the first: each of the two lanes
+      // stores four bytes.
+      const bool upper = at.first % 32 >= 16;
+      const uint other = simd_shuffle_xor(upper ? codes.x : codes.y, ushort(2));
+      const uint bytes = upper ? other | (codes.y << 4) : codes.x | (other << 4);
+      if (!at.holds(pass)) continue;
+      const int first = at.first + 256 * pass;
+      device uchar* block = out.codes + first / 32 * 18;
+      store_bytes(block + 2 + first % 16 + (upper ? 4 : 0), 4, at.wide ? 2 : 1, uint2(bytes, 0u));
+      if (first % 32 == 0) store_block_scale(block, d);
     }
   }
 
-  static void decode(thread const Source& in, int i, int, int, thread float* y) {
+  static METAL_FUNC void decode(thread const Source& in, int i, int, int, bool wide,
+                                thread float* y) {
     const device uchar* block = in.codes + i / 32 * 18;
     const float d = load_block_scale(block);
-    for (int j = 0; j < 4; ++j) {
-      const uint pair = block[2 + i % 16 + j];
-      y[j] = float(int(i % 32 < 16 ? pair & 15u : pair >> 4) - 8) * d;
+    const uint2 pairs = load_bytes(block + 2 + i % 16, 8, wide ? 2 : 1);
+    const uint shift = i % 32 < 16 ? 0u : 4u;
+    const uint2 codes = uint2(pairs.x >> shift, pairs.y >> shift) & 0x0f0f0f0fu;
+    KVQ_UNROLL for (int j = 0; j < 8; ++j) {
+      y[j] = (float_of_code(code_at(codes, j, 8)) - 8.0f) * d;
     }
   }
 };

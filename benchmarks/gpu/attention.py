@@ -263,7 +263,7 @@ def measure(kernels: Kernels, case: Case, splits: tuple[int, ...] = SPLITS) -> d
     rows = {}
     widest = max((r["rows"] for r in candidates(kernels, case) if not r["prefill"]), default=0)
     for row in candidates(kernels, case):
-        if not row["prefill"] and row["rows"] < widest:
+        if not row["prefill"] and 2 * row["rows"] < widest:
             continue
         kind = "prefill" if row["prefill"] else f"r{row['rows']}"
         calls = {f"{kind}/{n}": Attention(kernels, row, case, n) for n in splits}

@@ -97,7 +97,11 @@ def codec_units(library: str, kernels: Iterable[str], pairs: list | None = None)
         rows.append({"kernel": kernel, **row})
     ops = {str(row["op"]) for row in rows}
     if ops <= {"quantize", "dequantize"}:
-        settings = _switches("kvq_rotate", "kvq_centre")
+        settings = [
+            {**switches, "kvq_head_dim": 128, "kvq_wide": 1}
+            for switches in _switches("kvq_rotate", "kvq_centre")
+        ]
+        settings.append({"kvq_rotate": 1, "kvq_centre": 1, "kvq_head_dim": 384, "kvq_wide": 0})
     elif ops == {"hadamard"}:
         settings = _switches("kvq_signs", "kvq_inverse")
     elif ops == {"mlx_native_dequantize"}:
@@ -128,6 +132,8 @@ def append_constants(k: KVFormat, v: KVFormat) -> dict[str, int]:
             "group": fmt.group_size,
             "rotate": fmt.rotate,
             "centre": fmt.rotate,
+            "head_dim": 128,
+            "wide": fmt.family != "none",
         }.items()
     }
 

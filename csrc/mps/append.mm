@@ -18,17 +18,23 @@ runtime::Launch append_launch(const Write& k, const Write& v, const Position& po
                     {"kvq_k_group", k.side.format.group},
                     {"kvq_k_rotate", k.side.signs.has_value()},
                     {"kvq_k_centre", k.side.mean.has_value()},
+                    {"kvq_k_head_dim", static_cast<int32_t>(k.side.head_dim)},
+                    {"kvq_k_wide", is_wide(k.side, k.x, k.packed.codes)},
                     {"kvq_v_family", family(v)},
                     {"kvq_v_bits", v.side.format.bits},
                     {"kvq_v_group", v.side.format.group},
                     {"kvq_v_rotate", v.side.signs.has_value()},
-                    {"kvq_v_centre", v.side.mean.has_value()}},
+                    {"kvq_v_centre", v.side.mean.has_value()},
+                    {"kvq_v_head_dim", static_cast<int32_t>(v.side.head_dim)},
+                    {"kvq_v_wide", is_wide(v.side, v.x, v.packed.codes)}},
       .buffers = {k.x, k.packed.codes, k.packed.scales, k.packed.biases, or_none(k.side.signs),
                   or_none(k.side.mean), v.x, v.packed.codes, v.packed.scales, v.packed.biases,
                   or_none(v.side.signs), or_none(v.side.mean), position.tensor},
       .params = params,
   };
-  lay_out(launch, params.tokens, 2 * int64_t{params.batch} * params.heads, params.row);
+  lay_out(launch,
+          simdgroups_for(params.tokens, std::min(vectors_of(k), vectors_of(v)), params.steps),
+          2 * int64_t{params.batch} * params.heads, params.row);
   return launch;
 }
 

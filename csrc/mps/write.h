@@ -52,6 +52,9 @@ Write make_write(const char* op, const Packed& packed, const at::Tensor& x, Side
 std::vector<Write> check_writes(const char* op, const std::vector<SideArguments>& sides,
                                 const Position& position, bool ring);
 
+/// Vectors that a simdgroup takes at once.
+int64_t vectors_of(const Write& write);
+
 /// Parameters of one side, or of K and V.
 KvqWriteParams write_params(std::initializer_list<const Write*> writes, const Position& position,
                             bool ring);

@@ -48,9 +48,14 @@ std::vector<Write> check_writes(const char* op, const std::vector<SideArguments>
   return writes;
 }
 
+int64_t vectors_of(const Write& write) {
+  return vectors_per_simdgroup(write.side.format, write.side.head_dim);
+}
+
 KvqWriteParams write_params(std::initializer_list<const Write*> writes, const Position& position,
                             bool ring) {
   KvqWriteParams params{};
+  params.steps = std::numeric_limits<int32_t>::max();
   size_t i = 0;
   for (const Write* write : writes) {
     const auto& [codes, scales, biases] = write->packed;
@@ -75,7 +80,9 @@ KvqWriteParams write_params(std::initializer_list<const Write*> writes, const Po
     params.batch = static_cast<int32_t>(write->x.size(0));
     params.tokens = static_cast<int32_t>(write->x.size(2));
     params.heads = std::max(params.heads, side.heads);
-    params.row = std::max(params.row, side.head_dim);
+    const int64_t floats = vectors_of(*write) * write->side.head_dim;
+    params.steps = std::min(params.steps, steps_for(write->side, write->x.size(2)));
+    params.row = std::max(params.row, static_cast<int32_t>(floats));
   }
   params.ring = ring;
   if (position.tensor.defined()) {
@@ -94,12 +101,15 @@ runtime::Launch write_launch(const Write& write, const Position& position, bool 
       .library = name.library,
       .kernel = name.kernel,
       .constants = {{"kvq_rotate", write.side.signs.has_value()},
-                    {"kvq_centre", write.side.mean.has_value()}},
+                    {"kvq_centre", write.side.mean.has_value()},
+                    {"kvq_head_dim", static_cast<int32_t>(write.side.head_dim)},
+                    {"kvq_wide", is_wide(write.side, write.x, write.packed.codes)}},
       .buffers = {write.x, write.packed.codes, write.packed.scales, write.packed.biases,
                   position.tensor, or_none(write.side.signs), or_none(write.side.mean)},
       .params = params,
   };
-  lay_out(launch, params.tokens, int64_t{params.batch} * params.heads, params.row);
+  lay_out(launch, simdgroups_for(params.tokens, vectors_of(write), params.steps),
+          int64_t{params.batch} * params.heads, params.row);
   return launch;
 }
 

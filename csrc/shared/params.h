@@ -43,6 +43,8 @@ struct KvqWriteParams {
   int32_t heads;            ///< rows of the grid per batch row: the larger of both sides' heads
   int32_t tokens;           ///< L
   int32_t row;              ///< floats of threadgroup memory per simdgroup
+  int32_t steps;            ///< times that a simdgroup takes its number of vectors
+  int32_t reserved;
 };
 
 /// kvq_dequantize_*
@@ -58,7 +60,7 @@ struct KvqReadParams {
   float norm;           ///< 1 / sqrt(block)
   int32_t scale_dtype;  ///< KvqDtype of scales and biases
   int32_t codes_dtype;  ///< KvqDtype of codes (format none)
-  int32_t reserved;
+  int32_t steps;        ///< times that a simdgroup takes its number of vectors
 };
 
 /// kvq_hadamard_*
@@ -94,7 +96,7 @@ struct KvqQ4KParams {
 
 static_assert(sizeof(KvqStrides) == 24, "host and kernels must agree");
 static_assert(sizeof(KvqWriteSide) == 144, "host and kernels must agree");
-static_assert(sizeof(KvqWriteParams) == 328, "host and kernels must agree");
+static_assert(sizeof(KvqWriteParams) == 336, "host and kernels must agree");
 static_assert(sizeof(KvqReadParams) == 112, "host and kernels must agree");
 static_assert(sizeof(KvqHadamardParams) == 12, "host and kernels must agree");
 static_assert(sizeof(KvqMlxNativeParams) == 88, "host and kernels must agree");

@@ -71,6 +71,39 @@ def bytes_of(t: torch.Tensor | None) -> np.ndarray:
     return whole.numpy()[t.storage_offset() * t.element_size() :]
 
 
+def vectors_per_simdgroup(fmt: KVFormat, head_dim: int) -> int:
+    return 1 if fmt.family == "none" or head_dim > 256 else 256 // head_dim
+
+
+def steps_for(fmt: KVFormat, tokens: int, head_dim: int, rotated: bool) -> int:
+    many = tokens >= 32 * vectors_per_simdgroup(fmt, head_dim)
+    return 4 if many and fmt.family not in ("none", "turboquant") and not rotated else 1
+
+
+def is_aligned(t: torch.Tensor | None, size: int) -> bool:
+    """As csrc/mps/rows.h: whether rows start at multiples of so many bytes."""
+    if t is None:
+        return True
+    strides = [stride for stride, n in zip(t.stride()[:-1], t.shape, strict=False) if n > 1]
+    return all(n * t.element_size() % size == 0 for n in (t.storage_offset(), *strides))
+
+
+def is_wide(fmt, dense, codes, signs, mean) -> bool:  # type: ignore[no-untyped-def]
+    if fmt.family == "none":
+        return False
+    size = 2 if fmt.family == "gguf" else fmt.bits & -fmt.bits
+    return is_aligned(codes, size) and all(is_aligned(t, 16) for t in (dense, signs, mean))
+
+
+def shape_constants(prefix, fmt, dense, codes, signs, mean):  # type: ignore[no-untyped-def]
+    return {
+        f"{prefix}rotate": signs is not None,
+        f"{prefix}centre": mean is not None,
+        f"{prefix}head_dim": dense.shape[3],
+        f"{prefix}wide": is_wide(fmt, dense, codes, signs, mean),
+    }
+
+
 def set_strides(params: np.ndarray, t: torch.Tensor) -> None:
     for field, stride in zip(("batch", "head", "token"), t.stride(), strict=False):
         params[field] = stride
@@ -124,14 +157,15 @@ def _fill_side(
     side["encoder"] = encoder == "unbiased"
 
 
-def _write_params(sides, position, ring):  # type: ignore[no-untyped-def]
+def _write_params(sides, position, ring, rotated):  # type: ignore[no-untyped-def]
     params = np.zeros((), structs()["KvqWriteParams"])
     for i, (fmt, packed, x, encoder) in enumerate(sides):
         _fill_side(params["side"][i], fmt, packed, x, encoder)
     first = sides[0][2]
     params["batch"], params["tokens"], params["ring"] = first.shape[0], first.shape[2], ring
     params["heads"] = max(x.shape[1] for _, _, x, _ in sides)
-    params["row"] = max(x.shape[3] for _, _, x, _ in sides)
+    params["steps"] = min(steps_for(f, x.shape[2], x.shape[3], rotated) for f, _, x, _ in sides)
+    params["row"] = max(vectors_per_simdgroup(f, x.shape[3]) * x.shape[3] for f, _, x, _ in sides)
     if isinstance(position, torch.Tensor):
         params["position_bytes"] = position.element_size()
         params["position_stride"] = position.stride(0) if position.dim() else 0
@@ -144,15 +178,15 @@ def quantize_into_(
     packed: Packed, x, position, fmt, *, signs=None, mean=None, encoder="default", ring=False,
     **options,
 ):  # type: ignore[no-untyped-def]  # fmt: skip
-    params, where = _write_params([(fmt, packed, x, encoder)], position, ring)
+    params, where = _write_params([(fmt, packed, x, encoder)], position, ring, signs is not None)
     run(
         LIBRARIES.get(fmt.family, "dense"),
         f"kvq_quantize_{NAMES[x.dtype]}_{tag(fmt)}",
-        x.shape[2],
+        -(-x.shape[2] // (vectors_per_simdgroup(fmt, x.shape[3]) * int(params["steps"]))),
         x.shape[0] * x.shape[1],
-        x.shape[3],
+        int(params["row"]),
         [*map(bytes_of, (x, *packed)), where, bytes_of(signs), bytes_of(mean), params],
-        {"kvq_rotate": signs is not None, "kvq_centre": mean is not None},
+        shape_constants("kvq_", fmt, x, packed[0], signs, mean),
         **options,
     )
 
@@ -173,21 +207,25 @@ def append_(
     v_mean=None, k_encoder="default", v_encoder="default", ring=False, **options,
 ):  # type: ignore[no-untyped-def]  # fmt: skip
     sides = [(k_fmt, k_packed, k, k_encoder), (v_fmt, v_packed, v, v_encoder)]
-    params, where = _write_params(sides, position, ring)
+    rotated = k_signs is not None or v_signs is not None
+    params, where = _write_params(sides, position, ring, rotated)
+    vectors = min(vectors_per_simdgroup(f, x.shape[3]) for f, _, x, _ in sides)
     constants = {}
-    for side, fmt, signs, mean in (("k", k_fmt, k_signs, k_mean), ("v", v_fmt, v_signs, v_mean)):
+    for side, fmt, x, codes, signs, mean in (
+        ("k", k_fmt, k, k_packed[0], k_signs, k_mean),
+        ("v", v_fmt, v, v_packed[0], v_signs, v_mean),
+    ):
         constants |= {
             f"kvq_{side}_family": family(fmt),
             f"kvq_{side}_bits": fmt.bits,
             f"kvq_{side}_group": fmt.group_size,
-            f"kvq_{side}_rotate": signs is not None,
-            f"kvq_{side}_centre": mean is not None,
+            **shape_constants(f"kvq_{side}_", fmt, x, codes, signs, mean),
         }
     buffers = (k, *k_packed, k_signs, k_mean, v, *v_packed, v_signs, v_mean)
     run(
         "append",
         f"kvq_append_{NAMES[k.dtype]}",
-        k.shape[2],
+        -(-k.shape[2] // (vectors * int(params["steps"]))),
         2 * k.shape[0] * int(params["heads"]),
         int(params["row"]),
         [*map(bytes_of, buffers), where, params],
@@ -204,11 +242,14 @@ def dequantize(
     head_dim = fmt.head_dim(codes.shape[3])
     length = codes.shape[2] - start if length is None else length
     out = torch.full((*codes.shape[:2], length, head_dim), math.nan, dtype=dtype)
+    vectors = vectors_per_simdgroup(fmt, head_dim)
+    steps = steps_for(fmt, length, head_dim, signs is not None)
     params = np.zeros((), structs()["KvqReadParams"])
     for name, t in zip(("codes", "scales", "biases"), packed, strict=True):
         set_strides(params[name], t)
     for name, value in {
-        "start": start, "tokens": length, "heads": codes.shape[1], "head_dim": head_dim,
+        "start": start, "tokens": length, "steps": steps,
+        "heads": codes.shape[1], "head_dim": head_dim,
         "block": hadamard_block(head_dim), "norm": 1 / math.sqrt(hadamard_block(head_dim)),
         "scale_dtype": DTYPES[scales.dtype], "codes_dtype": DTYPES.get(codes.dtype, 0),
     }.items():  # fmt: skip
@@ -216,11 +257,11 @@ def dequantize(
     run(
         LIBRARIES.get(fmt.family, "dense"),
         f"kvq_dequantize_{NAMES[dtype]}_{tag(fmt)}",
-        length,
+        -(-length // (vectors * steps)),
         codes.shape[0] * codes.shape[1],
-        head_dim,
+        vectors * head_dim,
         [*map(bytes_of, (*packed, signs, mean)), out, params],
-        {"kvq_rotate": signs is not None, "kvq_centre": mean is not None},
+        shape_constants("kvq_", fmt, out, codes, signs, mean),
         **options,
     )
     return out

@@ -223,22 +223,37 @@ def test_mlx_native(bits: int, mode: str) -> None:
                 )  # fmt: skip
 
 
-@pytest.mark.parametrize("direction", ["quantize", "dequantize"])
-def test_barriers_are_needed(direction: str) -> None:
-    """Each direction has one barrier: without it the race build must object."""
-    source = toolchain.flatten(METAL / "affine.metal")
-    barriers = re.findall(r"(simdgroup_barrier\(.*\);\n)(.*\n)", source)
+@pytest.mark.parametrize("number", range(2))
+def test_barriers_are_needed(number: int) -> None:
+    """Sums of tq vectors go through threadgroup memory: without any one of the
+    barriers around them the race build must object. Nothing else needs one."""
+    source = toolchain.flatten(METAL / "turboquant.metal")
+    barriers = re.findall(r"(simdgroup_barrier\(.*\);.*\n)(.*\n)", source)
     assert len(barriers) == source.count("_barrier") == 2
-    barrier, next_line = barriers[["quantize", "dequantize"].index(direction)]
-    fmt, x = KVFormat("int4"), normal(1, 1, 1, 128)
-    options = {"mode": "race", "signs": hadamard_signs(128)}
-    edits = ((barrier + next_line, next_line),)
+    assert "_barrier" not in toolchain.flatten(METAL / "affine.metal")
+    barrier, next_line = barriers[number]
+    fmt, x = KVFormat("tq4"), normal(1, 1, 64, 128)
+    options = {"mode": "race", "signs": hadamard_signs(128), "encoder": "unbiased"}
     with pytest.raises(emulator.KernelFault, match="RACE inside a simdgroup"):
-        if direction == "quantize":
-            codec_launch.quantize(x, fmt, edits=edits, **options)
-        else:
-            packed = reference.quantize(x, "int4", signs=options["signs"])
-            codec_launch.dequantize(packed, fmt, edits=edits, **options)
+        codec_launch.quantize(x, fmt, edits=((barrier + next_line, next_line),), **options)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("spec", ["int8-g32", "int4-g64-rot", "fp8_e4m3-g128", "q4_0", "tq5"])
+def test_many_tokens(spec: str, mode: str) -> None:
+    """Simdgroups that take several vectors several times, the last of which are not all there."""
+    fmt = KVFormat.parse(spec)
+    for head_dim, tokens in ((128, 67), (256, 35)):
+        x = normal(1, 2, tokens, head_dim, dtype=torch.float16)
+        signs = hadamard_signs(head_dim) if fmt.rotate else None
+        expected = reference.quantize(x, fmt.name, fmt.group_size, signs=signs)
+        packed = codec_launch.quantize(x, fmt, signs=signs, mode=mode)
+        assert_packed(Packed(*packed), Packed(*expected))
+        assert_bytes(
+            codec_launch.dequantize(packed, fmt, signs=signs, start=1, mode=mode),
+            reference.dequantize(*packed, fmt.name, fmt.group_size, signs=signs, start=1),
+            "decoded",
+        )
 
 
 @pytest.mark.parametrize("name", LIBRARIES)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from benchmarks.gpu import attention, build, catalogue, structs
+from benchmarks.gpu import attention, build, catalogue, codecs, structs
 from torch_kvq.formats import KVFormat
 
 from .. import emulator, requirements, toolchain
@@ -120,3 +120,15 @@ def test_ptx_honours_pragmas_and_constants():
     assert "fma.rn.f32" not in text and "kvq_rotate" not in text
     with pytest.raises(toolchain.CompileError, match="no_such"):
         toolchain.compile_ptx(build.source_of(unit), constants={"no_such": 1})
+
+
+@pytest.mark.parametrize("library", ["affine", "turboquant", "append", "hadamard", "mlx_native"])
+def test_small_checks_of_codecs(library):
+    """Launch geometry, buffers and the comparison, as on a GPU."""
+    pairs = [(KVFormat.parse("int8-g64"), KVFormat.parse("int4-g64-rot"))]
+    names = build.host_names(library)[-12:]
+    kernels = EmulatedKernels(list(catalogue.codec_units(library, names, pairs)))
+    kernels.rows = kernels.rows[::3]
+    results = list(codecs.small_checks(kernels))
+    assert len(results) == len(kernels.rows)
+    assert all(result["ok"] for _, result in results), results
