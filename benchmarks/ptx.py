@@ -141,7 +141,7 @@ def run_attention(kernels, args: argparse.Namespace) -> list[dict]:  # type: ign
 
 def is_timed(row: dict, args: argparse.Namespace) -> bool:
     """Whether a codec kernel is among those that are timed: one group size, plain or rotated."""
-    if row["dtype"] not in (args.dtypes or ["half"]) or row["op"].startswith("attention"):
+    if row["dtype"] not in (args.dtypes or ["half"]) or row["op"].startswith(("attention", "q4_k")):
         return False
     if not row["constants"].get("kvq_wide", 1):
         return False
@@ -185,14 +185,14 @@ def launch(args: argparse.Namespace) -> int:
     """What ncu and compute-sanitizer run."""
     import torch
 
-    from benchmarks.gpu import attention, codecs
+    from benchmarks.gpu import attention, codecs, q4_k
     from benchmarks.gpu.catalogue import DTYPES
     from benchmarks.gpu.device import Kernels
 
     kernels = Kernels(args.kernels)
     launched = []
     if args.what == "small":
-        for module in (attention, codecs):
+        for module in (attention, codecs, q4_k):
             launched += [row["kernel"] for row, _ in module.small_checks(kernels)]
     else:
         dtype = DTYPES[(args.dtypes or ["half"])[0]]
@@ -203,6 +203,14 @@ def launch(args: argparse.Namespace) -> int:
                 launched.append(
                     {"kernel": row["kernel"], "op": row["op"], "nbytes": size,
                      "format": row.get("format") or row.get("k", ""),
+                     "constants": row["constants"], "registers": row["registers"]}
+                )  # fmt: skip
+        for row in kernels.select(op="q4_k_gemv", dtype="half"):
+            if not args.op or "q4_k_gemv" in args.op:
+                call, size = q4_k.gemv_call(kernels, row)
+                call()
+                launched.append(
+                    {"kernel": row["kernel"], "op": row["op"], "nbytes": size, "format": "q4_k",
                      "constants": row["constants"], "registers": row["registers"]}
                 )  # fmt: skip
         for fmt, repeat, queries in attention_cases(args):
@@ -258,10 +266,10 @@ def count_instructions(args: argparse.Namespace) -> list[dict]:
 
 def run_checks(kernels, args: argparse.Namespace) -> dict:  # type: ignore[no-untyped-def]
     """Every kernel of the build against the reference."""
-    from benchmarks.gpu import attention, codecs
+    from benchmarks.gpu import attention, codecs, q4_k
 
     checks = {}
-    for name, module in (("attention", attention), ("codecs", codecs)):
+    for name, module in (("attention", attention), ("codecs", codecs), ("q4_k", q4_k)):
         begin = time.perf_counter()
         results, wrong = [], []
         try:
@@ -291,6 +299,13 @@ def run(args: argparse.Namespace) -> int:
         found["checks"] = run_checks(kernels, args)
     if not args.op or set(args.op) - {"attention"}:
         found["codecs"] = run_codecs(kernels, args)
+    if not args.op or "q4_k_gemv" in args.op:
+        from benchmarks.gpu import q4_k
+
+        found["q4_k"] = list(q4_k.measure(kernels, found["bandwidth"]["read_gbps"]))
+        for result in found["q4_k"]:
+            share = 100 * result["of_read"]
+            print(f"{result['kernel']} {result['us']:7.1f} us {share:4.0f} % of read", flush=True)
     wanted = set(args.op or ("attention",))
     if "attention" in wanted:
         found["attention"] = run_attention(kernels, args)

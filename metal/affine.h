@@ -4,8 +4,8 @@
 #include "common.h"
 
 struct Affine {
-  static METAL_FUNC void encode(thread float* x, thread const Place& at, thread const Target& out,
-                                int bits, int group, threadgroup float*) {
+  static void encode(thread float* x, thread const Place& at, thread const Target& out, int bits,
+                     int group, threadgroup float*) {
     const float levels = float((1 << bits) - 1);
     const float limit = out.scale_dtype == KVQ_FLOAT16 ? KVQ_F16_MAX : KVQ_LIMIT;
     KVQ_UNROLL for (int pass = 0; pass < KVQ_PASSES; ++pass) {
@@ -57,8 +57,8 @@ struct Affine {
     }
   }
 
-  static METAL_FUNC void decode(thread const Source& in, int i, int bits, int group, bool wide,
-                                thread float* y) {
+  static void decode(thread const Source& in, int i, int bits, int group, bool wide,
+                     thread float* y) {
     const float scale = load_float(in.scales, i / group, in.scale_dtype);
     const float bias = load_float(in.biases, i / group, in.scale_dtype);
     const uint2 codes = load_bytes(in.codes + i / 8 * bits, bits, alignment(bits, wide));

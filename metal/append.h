@@ -25,8 +25,8 @@ constant bool kvq_v_centre [[function_constant(11)]];
 constant int kvq_v_head_dim [[function_constant(12)]];
 constant bool kvq_v_wide [[function_constant(13)]];
 
-METAL_FUNC void encode_as(int family, thread float* x, thread const Place& at,
-                          thread const Target& out, int bits, int group, threadgroup float* row) {
+inline void encode_as(int family, thread float* x, thread const Place& at, thread const Target& out,
+                      int bits, int group, threadgroup float* row) {
   switch (family) {
     case KVQ_FAMILY_AFFINE:
       Affine::encode(x, at, out, bits, group, row);
@@ -56,13 +56,12 @@ inline int side_vectors(int family, int dim) {
 
 /// Packs one side's tokens of simdgroup number `simdgroup` of the head.
 template <typename T>
-METAL_FUNC void append_side(const device T* x, device uchar* codes, device uchar* scales,
-                            device uchar* biases, const device float* signs,
-                            const device float* mean, const device int* position,
-                            constant KvqWriteParams& params, constant KvqWriteSide& side,
-                            threadgroup float* row, int b, int g, int simdgroup, uint lane,
-                            int family, int bits, int group, bool rotate, bool centre, int dim,
-                            bool wide) {
+inline void append_side(const device T* x, device uchar* codes, device uchar* scales,
+                        device uchar* biases, const device float* signs, const device float* mean,
+                        const device int* position, constant KvqWriteParams& params,
+                        constant KvqWriteSide& side, threadgroup float* row, int b, int g,
+                        int simdgroup, uint lane, int family, int bits, int group, bool rotate,
+                        bool centre, int dim, bool wide) {
   const bool dense = family == KVQ_FAMILY_NONE;
   const int vectors = side_vectors(family, dim);
   const Slots slots = slots_of(params, position, b, side.capacity);

@@ -28,8 +28,8 @@ struct Fp8 {
     return float(aligned) * float(1 << (15 - Bias));
   }
 
-  static METAL_FUNC void encode(thread float* x, thread const Place& at, thread const Target& out,
-                                int, int group, threadgroup float*) {
+  static void encode(thread float* x, thread const Place& at, thread const Target& out, int,
+                     int group, threadgroup float*) {
     const float most = Bias == 7 ? 448.0f : 57344.0f;
     KVQ_UNROLL for (int pass = 0; pass < KVQ_PASSES; ++pass) {
       if (256 * pass >= at.dim) continue;
@@ -69,8 +69,7 @@ struct Fp8 {
     }
   }
 
-  static METAL_FUNC void decode(thread const Source& in, int i, int, int group, bool wide,
-                                thread float* y) {
+  static void decode(thread const Source& in, int i, int, int group, bool wide, thread float* y) {
     const float scale = load_float(in.scales, i / group, in.scale_dtype);
     const uint2 codes = load_bytes(in.codes + i, 8, alignment(8, wide));
     KVQ_UNROLL for (int j = 0; j < 8; ++j) y[j] = value_of(code_at(codes, j, 8)) * scale;

@@ -6,7 +6,7 @@
 
 /// Multiplies the vectors in the lanes' registers (see Place) by the orthonormal block Hadamard
 /// matrix; norm is 1 / sqrt(block).
-METAL_FUNC void fwht_lanes(thread float* x, thread const Place& at, int block, float norm) {
+inline void fwht_lanes(thread float* x, thread const Place& at, int block, float norm) {
   KVQ_UNROLL for (int pass = 0; pass < KVQ_PASSES; ++pass) {
     if (256 * pass >= at.dim) continue;
     thread float* v = x + 8 * pass;

@@ -38,8 +38,8 @@ inline float block_peak(thread float* v) {
 }
 
 struct Q8_0 {
-  static METAL_FUNC void encode(thread float* x, thread const Place& at, thread const Target& out,
-                                int, int, threadgroup float*) {
+  static void encode(thread float* x, thread const Place& at, thread const Target& out, int, int,
+                     threadgroup float*) {
     KVQ_UNROLL for (int pass = 0; pass < KVQ_PASSES; ++pass) {
       if (256 * pass >= at.dim) continue;
       thread float* v = x + 8 * pass;
@@ -64,8 +64,7 @@ struct Q8_0 {
     }
   }
 
-  static METAL_FUNC void decode(thread const Source& in, int i, int, int, bool wide,
-                                thread float* y) {
+  static void decode(thread const Source& in, int i, int, int, bool wide, thread float* y) {
     const device uchar* block = in.codes + i / 32 * 34;
     const float d = load_block_scale(block);
     const uint2 codes = load_bytes(block + 2 + i % 32, 8, wide ? 2 : 1);
@@ -77,8 +76,8 @@ struct Q8_0 {
 };
 
 struct Q4_0 {
-  static METAL_FUNC void encode(thread float* x, thread const Place& at, thread const Target& out,
-                                int, int, threadgroup float*) {
+  static void encode(thread float* x, thread const Place& at, thread const Target& out, int, int,
+                     threadgroup float*) {
     KVQ_UNROLL for (int pass = 0; pass < KVQ_PASSES; ++pass) {
       if (256 * pass >= at.dim) continue;
       thread float* v = x + 8 * pass;
@@ -119,8 +118,7 @@ struct Q4_0 {
     }
   }
 
-  static METAL_FUNC void decode(thread const Source& in, int i, int, int, bool wide,
-                                thread float* y) {
+  static void decode(thread const Source& in, int i, int, int, bool wide, thread float* y) {
     const device uchar* block = in.codes + i / 32 * 18;
     const float d = load_block_scale(block);
     const uint2 pairs = load_bytes(block + 2 + i % 16, 8, wide ? 2 : 1);

@@ -45,9 +45,9 @@ inline Slots slots_of(constant KvqWriteParams& params, const device int* positio
 /// x, centred, bounded and rotated, into the lanes' registers: what the encoders see. Zeros where
 /// there is no such element.
 template <typename T>
-METAL_FUNC void load_lanes(const device T* x, const device float* signs, const device float* mean,
-                           thread const Place& at, int block, float norm, bool bounded, bool rotate,
-                           bool centre, thread float* v) {
+inline void load_lanes(const device T* x, const device float* signs, const device float* mean,
+                       thread const Place& at, int block, float norm, bool bounded, bool rotate,
+                       bool centre, thread float* v) {
   KVQ_UNROLL for (int pass = 0; pass < KVQ_PASSES; ++pass) {
     if (256 * pass >= at.dim) continue;
     thread float* part = v + 8 * pass;

@@ -41,8 +41,7 @@ inline constant float* boundaries_of(int bits) {
 struct TurboQuant {
   /// Sum of the rows' values or their squares, of the lane's vector, in the order that
   /// reference._sum32 states.
-  static METAL_FUNC float sum_row(threadgroup const float* rows, thread const Place& at,
-                                  bool squares) {
+  static float sum_row(threadgroup const float* rows, thread const Place& at, bool squares) {
     float mine = 0.0f;
     for (int vector = 0; vector < vectors_per_simdgroup(at.dim); ++vector) {
       float sum = 0.0f;
@@ -58,8 +57,7 @@ struct TurboQuant {
   }
 
   /// Puts the lanes' values where sum_row reads them, zeros of vectors that are not there, too.
-  static METAL_FUNC void put(threadgroup float* rows, thread const Place& at,
-                             thread const float* x) {
+  static void put(threadgroup float* rows, thread const Place& at, thread const float* x) {
     KVQ_UNROLL for (int pass = 0; pass < KVQ_PASSES; ++pass) {
       if (at.vector >= vectors_per_simdgroup(at.dim) || at.first + 256 * pass >= at.dim) continue;
       threadgroup float* to = rows + at.vector * at.dim + at.first + 256 * pass;
@@ -70,7 +68,7 @@ struct TurboQuant {
 
   /// How many boundaries lie below z. They are symmetric, so the magnitude is searched among the
   /// positive ones: as integers, in which one equal to a negative z's counts, too.
-  static METAL_FUNC uint code_of(float z, constant float* edges, int bits) {
+  static uint code_of(float z, constant float* edges, int bits) {
     const uint half_of = 1u << (bits - 1);
     const bool above = z > 0.0f;
     const uint magnitude = (as_type<uint>(z) & 0x7fffffffu) + (above ? 0u : 1u);
@@ -83,8 +81,8 @@ struct TurboQuant {
     return above ? half_of + below : half_of - 1u - below;
   }
 
-  static METAL_FUNC void encode(thread float* x, thread const Place& at, thread const Target& out,
-                                int bits, int, threadgroup float* rows) {
+  static void encode(thread float* x, thread const Place& at, thread const Target& out, int bits,
+                     int, threadgroup float* rows) {
     put(rows, at, x);
     const float squares = sum_row(rows, at, true);
     const float mean_square = squares / float(at.dim);
@@ -126,8 +124,7 @@ struct TurboQuant {
     if (at.active && at.first == 0) store_scale(out.scales, 0, out.scale_dtype, norm);
   }
 
-  static METAL_FUNC void decode(thread const Source& in, int i, int bits, int, bool wide,
-                                thread float* y) {
+  static void decode(thread const Source& in, int i, int bits, int, bool wide, thread float* y) {
     const float norm = load_float(in.scales, 0, in.scale_dtype);
     const uint2 codes = load_bytes(in.codes + i / 8 * bits, bits, alignment(bits, wide));
     KVQ_UNROLL for (int j = 0; j < 8; ++j) y[j] = codebook_of(bits)[code_at(codes, j, bits)] * norm;

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from tests.metal import requirements, toolchain
@@ -103,8 +104,10 @@ def build(units: Iterable[Unit], out: Path, *, arch: str = "sm_90", jobs: int = 
     out.mkdir(parents=True, exist_ok=True)
     rows: list[dict] = []
     units = list(units)
-    with ThreadPoolExecutor(jobs) as pool:
-        for number, built in enumerate(pool.map(lambda u: assemble(u, out, arch), units), 1):
+    # The translation to C++ is Python's work, so that threads would wait for one another.
+    with ProcessPoolExecutor(jobs) as pool:
+        work = functools.partial(assemble, out=out, arch=arch)
+        for number, built in enumerate(pool.map(work, units), 1):
             rows += built
             if sys.stderr.isatty() or number % 25 == 0 or number == len(units):
                 print(f"{number}/{len(units)} units, {len(rows)} kernels", file=sys.stderr)

@@ -61,16 +61,17 @@ class Kernels:
         grid: Sequence[int],
         block: Sequence[int],
         buffers: Sequence[torch.Tensor | None],
-        params: np.ndarray,
+        params: np.ndarray | None,
         shared: int | None = None,
     ) -> Callable[[], None]:
-        """A call that launches the kernel; a buffer may be None. `shared`: bytes of the kernel's
-        one threadgroup argument."""
+        """A call that launches the kernel; a buffer may be None. `params` follow the buffers.
+        `shared`: bytes of the kernel's one threadgroup argument."""
         import cupy
 
         function = self._function(row)
         held = [self._nothing if b is None or b.numel() == 0 else b for b in buffers]
-        held.append(self.upload(params))
+        if params is not None:
+            held.append(self.upload(params))
         arguments = tuple(np.uint64(b.data_ptr()) for b in held)
         if shared is not None:
             arguments += (np.uint32(0),)

@@ -55,7 +55,7 @@ inline int64_t simdgroups_for(int64_t tokens, int64_t vectors, int64_t steps) {
 }
 
 /// Whether rows of the tensor start at multiples of so many bytes, a power of two.
-inline bool is_aligned(const at::Tensor& t, int64_t bytes) {
+inline bool rows_aligned(const at::Tensor& t, int64_t bytes) {
   int64_t elements = t.storage_offset();
   for (int64_t dim = 0; dim + 1 < t.dim(); ++dim) elements |= t.size(dim) > 1 ? t.stride(dim) : 0;
   return elements * t.element_size() % bytes == 0;
@@ -64,9 +64,10 @@ inline bool is_aligned(const at::Tensor& t, int64_t bytes) {
 /// The function constant `wide`: whether the kernels may access eight elements of a row at once.
 inline bool is_wide(const Side& side, const at::Tensor& dense, const at::Tensor& codes) {
   const bool gguf = side.format.family == KVQ_FAMILY_Q8_0 || side.format.family == KVQ_FAMILY_Q4_0;
-  return !side.format.is_none() && is_aligned(dense, 16) &&
-         is_aligned(codes, gguf ? 2 : side.format.bits & -side.format.bits) &&
-         (!side.signs || is_aligned(*side.signs, 16)) && (!side.mean || is_aligned(*side.mean, 16));
+  return !side.format.is_none() && rows_aligned(dense, 16) &&
+         rows_aligned(codes, gguf ? 2 : side.format.bits & -side.format.bits) &&
+         (!side.signs || rows_aligned(*side.signs, 16)) &&
+         (!side.mean || rows_aligned(*side.mean, 16));
 }
 
 /// Gives the launch its grid, `vectors` * `rows` simdgroups, and the threadgroup memory in which

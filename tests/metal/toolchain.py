@@ -75,8 +75,9 @@ _KERNEL_FLAGS = {
 _RUNTIME_FLAGS = """
     -std=c++17 -O2 -fPIC -fvisibility=hidden -fno-exceptions -fno-rtti -fno-strict-aliasing
     """.split()
+# Apple's compiler inlines every function.
 _PTX_FLAGS = """
-    -std=c++17 -O3 -w -nostdinc -nostdinc++ -fsigned-char
+    -std=c++17 -O3 -w -nostdinc -nostdinc++ -fsigned-char -mllvm -inline-threshold=100000
     --target=nvptx64-nvidia-cuda -Xclang -target-feature -Xclang +ptx80
     -Xclang -cl-single-precision-constant -S -x c++
     """.split()

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from benchmarks.gpu import attention, build, catalogue, codecs, structs
+from benchmarks.gpu import attention, build, catalogue, codecs, q4_k, structs
 from torch_kvq.formats import KVFormat
 
 from .. import emulator, requirements, toolchain
@@ -48,7 +48,12 @@ class EmulatedKernels:
         def launch() -> None:
             arguments_ = [emulator.InPlace(a) for a in arguments]
             library.launch(
-                row["kernel"], grid, block, [*arguments_, params], row["constants"], memory
+                row["kernel"],
+                grid,
+                block,
+                [*arguments_, *([] if params is None else [params])],
+                row["constants"],
+                memory,
             )
 
         return launch
@@ -122,13 +127,16 @@ def test_ptx_honours_pragmas_and_constants():
         toolchain.compile_ptx(build.source_of(unit), constants={"no_such": 1})
 
 
-@pytest.mark.parametrize("library", ["affine", "turboquant", "append", "hadamard", "mlx_native"])
+LIBRARIES = ["affine", "turboquant", "append", "hadamard", "mlx_native", "q4_k"]
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
 def test_small_checks_of_codecs(library):
     """Launch geometry, buffers and the comparison, as on a GPU."""
     pairs = [(KVFormat.parse("int8-g64"), KVFormat.parse("int4-g64-rot"))]
     names = build.host_names(library)[-12:]
     kernels = EmulatedKernels(list(catalogue.codec_units(library, names, pairs)))
     kernels.rows = kernels.rows[::3]
-    results = list(codecs.small_checks(kernels))
+    results = [*codecs.small_checks(kernels), *q4_k.small_checks(kernels)]
     assert len(results) == len(kernels.rows)
     assert all(result["ok"] for _, result in results), results
