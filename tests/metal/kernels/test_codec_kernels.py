@@ -234,7 +234,7 @@ def test_barriers_are_needed(number: int) -> None:
     barrier, next_line = barriers[number]
     fmt, x = KVFormat("tq4"), normal(1, 1, 64, 128)
     options = {"mode": "race", "signs": hadamard_signs(128), "encoder": "unbiased"}
-    with pytest.raises(emulator.KernelFault, match="RACE inside a simdgroup|UNINITIALISED"):
+    with pytest.raises(emulator.KernelFault, match=r"RACE inside a simdgroup|UNINITIALISED"):
         codec_launch.quantize(x, fmt, edits=((barrier + next_line, next_line),), **options)
 
 
