@@ -192,7 +192,8 @@ def launch(args: argparse.Namespace) -> int:
     kernels = Kernels(args.kernels)
     launched = []
     if args.what == "small":
-        for module in (attention, codecs, q4_k):
+        launched += [row["kernel"] for row, _ in attention.small_checks(kernels, checked=False)]
+        for module in (codecs, q4_k):
             launched += [row["kernel"] for row, _ in module.small_checks(kernels)]
     else:
         dtype = DTYPES[(args.dtypes or ["half"])[0]]

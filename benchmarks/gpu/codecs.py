@@ -328,6 +328,8 @@ def timed_call(kernels: Kernels, row: dict, batch: int, tokens: int, groups: int
         return torch.randn(shape, generator=generator, device=DEVICE).to(dtype)
 
     if row["op"] == "hadamard":
+        most = 65535 * 4 // (batch * groups)  # threadgroups along CUDA's second dimension
+        shape = (batch, groups, min(tokens, most // 4 * 4), head_dim)
         x, signs = dense(), to_device(hadamard_signs(head_dim))
         out = torch.empty_like(x)
         return hadamard_call(kernels, row, x, signs, out), nbytes(x, out)
