@@ -12,9 +12,12 @@ from torch_kvq import reference
 from .catalogue import DTYPES
 from .codecs import nbytes, same_bytes, same_values
 from .device import DEVICE, Kernels, time_calls, to_device
-from .structs import make
+from .structs import constant, make
 
-GEMV_ROWS, FEW_ROWS, TILE_M, TILE_N, TILE_THREADS = 4, 2, 32, 64, 128
+GEMV_ROWS, FEW_ROWS, TILE_M, TILE_N, TILE_THREADS = (
+    constant("q4_k.h", f"KVQ_Q4_K_{name}")
+    for name in ("GEMV_ROWS", "FEW_ROWS", "TILE_M", "TILE_N", "TILE_THREADS")
+)
 #: Relative error that a product may have: of its dtype, and of sums in float32.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 

@@ -29,6 +29,13 @@ def structs() -> dict[str, np.dtype]:
     return found
 
 
+@functools.cache
+def constant(header: str, name: str) -> int:
+    """A whole number that a shared header defines."""
+    text = (ROOT / "csrc" / "shared" / header).read_text()
+    return int(re.findall(rf"^#define {name} (\d+)", text, re.M)[0])
+
+
 def make(name: str, **values: object) -> np.ndarray:
     """A zeroed struct with these fields set."""
     params = np.zeros((), structs()[name])
