@@ -220,7 +220,7 @@ def launch(args: argparse.Namespace) -> int:
             shape = attention.Shape(2, GROUPS * repeat, GROUPS, queries, 16384)
             k, _, v = fmt.partition("/")
             case = attention.Case(k, v or k, dtype, shape)
-            for row in attention.candidates(kernels, case):
+            for row in attention.candidates(kernels, case).values():
                 attention.Attention(kernels, row, case, 1)()
                 launched.append(
                     {"kernel": row["kernel"], "op": "attention", "nbytes": case.nbytes,

@@ -133,9 +133,19 @@ inline long kvq_mask_row(constant KvqAttentionParams& p, uint batch, KvqRow row)
   return long(batch) * p.mask_batch + long(row.head) * p.mask_head + long(row.query) * p.mask_query;
 }
 
+/// What is done to a score, in turn.
+struct KvqShaping {
+  float softcap;
+  uint mask_kind;
+  long mask_columns, mask_column;
+};
+inline KvqShaping kvq_shaping(constant KvqAttentionParams& p) {
+  return {p.softcap, p.mask_kind, p.mask_columns, p.mask_column};
+}
+
 /// A score as the softmax sees it: softcap, then mask. `seen` is cleared where the mask hides.
-inline float kvq_finish_score(constant KvqAttentionParams& p, device const uchar* mask,
-                              long mask_row, long column, float score, thread bool& seen) {
+inline float kvq_finish_score(KvqShaping p, device const uchar* mask, long mask_row, long column,
+                              float score, thread bool& seen) {
   if (p.softcap > 0.0f) score = p.softcap * precise::tanh(score / p.softcap);
   if (p.mask_kind == KVQ_MASK_NONE) return score;
   if (column < 0 || column >= p.mask_columns) {

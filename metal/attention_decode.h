@@ -251,7 +251,8 @@ template <typename T, typename KF, typename VF, uint D, uint DV, uint R, bool AL
       KVQ_UNROLL for (uint r = 0; r < R; ++r) {
         bool visible = token < tokens.end && token >= row_first[r] && token < row_last[r];
         const KvqRow row = kvq_row(p, group, min(first_row + r, all_rows - 1));
-        s[r] = kvq_finish_score(p, mask, kvq_mask_row(p, batch, row), column, s[r], visible);
+        s[r] = kvq_finish_score(kvq_shaping(p), mask, kvq_mask_row(p, batch, row), column, s[r],
+                                visible);
         if (!visible) seen &= ~(1u << r);
       }
     }

@@ -185,8 +185,9 @@ template <typename T, typename KF, typename VF, uint D, uint DV, bool ALIGNED>
         seen[j] = true;
         if (!plain) {
           seen[j] = token < tokens.end && token >= row_first && token < row_last;
-          score[j] = kvq_finish_score(
-              p, mask, mask_row, mask_origin + long(min(token, tokens.end - 1)), score[j], seen[j]);
+          score[j] =
+              kvq_finish_score(kvq_shaping(p), mask, mask_row,
+                               mask_origin + long(min(token, tokens.end - 1)), score[j], seen[j]);
         }
         highest = max(highest, seen[j] ? score[j] : KVQ_LOWEST);
       }

@@ -21,7 +21,7 @@ from .structs import make
 
 THREADS = 128
 PREFILL_ROWS = 32
-SPLITS = (1, 2, 4, 8, 16, 32, 64, 128)
+SPLITS = (1, 2, 3, 4, 8, 16, 24, 32, 48, 64, 128)
 
 
 @dataclass
@@ -245,27 +245,30 @@ def best_dense(shape: Shape) -> dict[str, object]:
     return {"us": times[best], "by": best, "all": times}
 
 
-def candidates(kernels: Kernels, case: Case) -> list[dict]:
-    """Kernels of the manifest that could serve the case."""
-    return [
-        row
-        for row in kernels.select(
-            op="attention", dtype=DTYPE_NAMES[case.dtype], k=str(case.k), v=str(case.v),
-            head_dim=case.shape.head_dim, aligned=True,
-        )
-        if case.shape.rows >= (PREFILL_ROWS // 2 if row["prefill"] else (row["rows"] + 1) // 2)
-    ]  # fmt: skip
+def candidates(kernels: Kernels, case: Case) -> dict[str, dict]:
+    """Kernels of the manifest that could serve the case, of each kind the one whose rows suit it.
+    As the built-in table of csrc/mps/tuning.h has it, the matrix kernel serves 3 rows or more."""
+    least = {"decode": 1, "matrix": 3, "prefill": PREFILL_ROWS // 2}
+    wanted = case.shape.rows
+    found: dict[str, dict] = {}
+    for row in kernels.select(
+        op="attention", dtype=DTYPE_NAMES[case.dtype], k=str(case.k), v=str(case.v),
+        head_dim=case.shape.head_dim, aligned=True,
+    ):  # fmt: skip
+        kind = "prefill" if row["prefill"] else "matrix" if row["matrix"] else "decode"
+        # The fewest rows that hold all, else the most.
+        rank = (row["rows"] < wanted, abs(row["rows"] - wanted))
+        best = found.get(kind)
+        if wanted >= least[kind] and (best is None or rank < best["rank"]):
+            found[kind] = {**row, "rank": rank}
+    return {f"{kind}{row['rows']}": row for kind, row in found.items()}
 
 
 def measure(kernels: Kernels, case: Case, splits: tuple[int, ...] = SPLITS) -> dict[str, object]:
     """The fastest kernel and number of splits for a case, timed and checked."""
     tried: dict[str, float] = {}
     rows = {}
-    widest = max((r["rows"] for r in candidates(kernels, case) if not r["prefill"]), default=0)
-    for row in candidates(kernels, case):
-        if not row["prefill"] and 2 * row["rows"] < widest:
-            continue
-        kind = "prefill" if row["prefill"] else f"r{row['rows']}"
+    for kind, row in candidates(kernels, case).items():
         calls = {f"{kind}/{n}": Attention(kernels, row, case, n) for n in splits}
         tried |= time_calls(calls, repeats=5)
         rows |= dict.fromkeys(calls, row)

@@ -145,9 +145,11 @@ def attention_units(
     prefill: bool = True,
     other_dims: bool = True,
 ) -> Iterator[Unit]:
-    """Attention on each pair of formats: decode with 1, 2, 4 and 8 rows, and prefill, at D = 128;
+    """Attention on each pair of formats: decode with 1, 2, 4 and 8 rows, by matrices where they
+    serve it, with 8 and 16, and prefill, at D = 128;
     one kernel of each for each other head size."""
-    wanted = [*((False, r) for r in rows), *([(True, 1)] if prefill else [])]
+    wanted = [("decode", r) for r in rows] + [("matrix", 8), ("matrix", 16)]
+    wanted += [("prefill", 1)] if prefill else []
     for number, (k, v) in enumerate(pairs):
         for dtype in dtypes:
             yield from _attention_unit(k, v, dtype, 128, wanted)
@@ -160,22 +162,28 @@ def attention_units(
 
 
 def _attention_unit(k, v, dtype, head_dim, wanted, aligned=True):  # type: ignore[no-untyped-def]
-    from tests.metal.kernels.attention_launch import compose
+    from tests.metal.kernels.attention_launch import compose, fits_matrix
 
     scales = default_scale_dtype(dtype)
     sides = [(fmt, dtype if fmt.family == "none" else scales) for fmt in (k, v)]
-    for prefill in (False, True):
+    flat = [x for side in sides for x in side]
+    # The matrix kernels one by one: ptxas takes one limit of registers for a unit.
+    for kind, only in (("decode", 0), ("matrix", 8), ("matrix", 16), ("prefill", 0)):
         lines, named = "", []
-        for is_prefill, rows in dict.fromkeys(wanted):
-            if is_prefill != prefill:
+        for each, rows in dict.fromkeys(wanted):
+            if (
+                each != kind
+                or only not in (0, rows)
+                or (kind == "matrix" and not fits_matrix(dtype, *flat, head_dim, head_dim))
+            ):
                 continue
-            flat = [x for side in sides for x in side]
-            kernel, line = compose(prefill, dtype, *flat, head_dim, head_dim, rows, aligned)
+            kernel, line = compose(kind, dtype, *flat, head_dim, head_dim, rows, aligned)
             lines += line
             named.append({
                 "kernel": kernel, "op": "attention", "dtype": DTYPE_NAMES[dtype], "constants": {},
-                "k": str(k), "v": str(v), "head_dim": head_dim, "prefill": prefill,
+                "k": str(k), "v": str(v), "head_dim": head_dim, "prefill": kind == "prefill",
+                "matrix": kind == "matrix",
                 "rows": rows, "aligned": aligned,
             })  # fmt: skip
         if named:
-            yield Unit("attention_prefill" if prefill else "attention_decode", named, lines)
+            yield Unit(f"attention_{kind}", named, lines)

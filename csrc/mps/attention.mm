@@ -34,14 +34,19 @@ int64_t byte_stride(const at::Tensor& t, int64_t dim) {
   return t.size(dim) > 1 ? t.stride(dim) * t.element_size() : 0;
 }
 
-/// Whether rows of codes start at multiples of what the kernel's widest loads need: the power of
-/// two in the length of a row, at most 16.
-bool is_aligned(const at::Tensor& codes) {
-  const int64_t size = codes.element_size(), row = codes.size(3) * size;
+/// Whether rows start at multiples of what the kernel's widest loads need: the power of two in the
+/// length of a row, at most 16.
+bool is_aligned(const at::Tensor& t) {
+  if (t.numel() == 0) return true;
+  const int64_t size = t.element_size(), row = t.size(3) * size;
   const int64_t needed = std::min<int64_t>(16, row & -row);
-  int64_t all = codes.storage_offset() * size;
-  for (int64_t dim = 0; dim < 3; ++dim) all |= byte_stride(codes, dim);
+  int64_t all = t.storage_offset() * size;
+  for (int64_t dim = 0; dim < 3; ++dim) all |= byte_stride(t, dim);
   return all % needed == 0;
+}
+
+bool is_aligned(const Packed& packed) {
+  return is_aligned(packed.codes) && is_aligned(packed.scales) && is_aligned(packed.biases);
 }
 
 uint32_t token_stride(const at::Tensor& t) {
@@ -95,6 +100,15 @@ void set_mask(KvqAttentionParams& p, const AttentionCall& call) {
 
 AttentionKernel choose_kernel(const AttentionCall& call, const AttentionSides& sides, int64_t rows,
                               const AttentionTuning& tuned) {
+  AttentionKernel kernel{KVQ_ATTENTION_MATRIX,
+                         float_dtype(kOp, "query", call.query.scalar_type()),
+                         attention_format(call.k, call.k_format),
+                         attention_format(call.v, call.v_format),
+                         static_cast<int>(sides.k.head_dim),
+                         static_cast<int>(sides.v.head_dim),
+                         static_cast<int>(tuned.matrix),
+                         is_aligned(call.k) && is_aligned(call.v)};
+  if (tuned.matrix != 0 && kernel.fits_matrix()) return kernel;
   const int64_t dim = sides.k.head_dim, value_dim = sides.v.head_dim;
   const int64_t widest = std::max(dim, value_dim);
   const bool tiles = widest <= kPrefillDim && dim % 8 == 0 && value_dim % 8 == 0;
@@ -102,15 +116,10 @@ AttentionKernel choose_kernel(const AttentionCall& call, const AttentionSides& s
   const int64_t wanted = tuned.tile == 0 ? KVQ_DECODE_ROWS : tuned.tile;
   const int64_t most =
       std::min<int64_t>(wanted, widest <= kWideDim ? KVQ_DECODE_ROWS : KVQ_DECODE_ROWS / 2);
-  const auto tile = std::min<int64_t>(most, std::bit_ceil(static_cast<uint64_t>(rows)));
-  return {tiles && tuned.tile == 0,
-          float_dtype(kOp, "query", call.query.scalar_type()),
-          attention_format(call.k, call.k_format),
-          attention_format(call.v, call.v_format),
-          static_cast<int>(dim),
-          static_cast<int>(value_dim),
-          static_cast<int>(tile),
-          is_aligned(call.k.codes) && is_aligned(call.v.codes)};
+  kernel.kind = tiles && tuned.tile == 0 ? KVQ_ATTENTION_PREFILL : KVQ_ATTENTION_DECODE;
+  kernel.rows =
+      static_cast<int>(std::min<int64_t>(most, std::bit_ceil(static_cast<uint64_t>(rows))));
+  return kernel;
 }
 
 std::tuple<at::Tensor, at::Tensor> run(const AttentionCall& call, const Bound& length,
@@ -166,7 +175,7 @@ std::tuple<at::Tensor, at::Tensor> run(const AttentionCall& call, const Bound& l
   const TuningTable table = tuning();
   const AttentionTuning& tuned = find_tuning(table, rows);
   const AttentionKernel kernel = choose_kernel(call, sides, rows, tuned);
-  const int64_t tile = kernel.prefill ? KVQ_PREFILL_ROWS : kernel.rows;
+  const int64_t tile = kernel.kind == KVQ_ATTENTION_PREFILL ? KVQ_PREFILL_ROWS : kernel.rows;
   const int64_t tiles = (rows + tile - 1) / tile, tasks = tiles * batch * groups;
   int64_t tokens = std::min(known_length.value_or(capacity), capacity);
   if (call.window > 0 && call.window < tokens) tokens = std::min(tokens, call.window + queries);

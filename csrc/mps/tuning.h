@@ -3,8 +3,8 @@
 // torch.ops.kvq_metal.set_tuning, the environment variable KVQ_TUNING, the file that `python -m
 // torch_kvq bench --tune` writes for this device, and the table in this header.
 //
-// As text a table is entries ROWS:TILE,THREADGROUPS,SPLIT_TOKENS between spaces or newlines, of
-// which each replaces the built-in entry of the same ROWS; # begins a comment.
+// As text a table is entries ROWS:TILE,THREADGROUPS,SPLIT_TOKENS,MATRIX between spaces or newlines,
+// of which each replaces the built-in entry of the same ROWS; # begins a comment.
 #pragma once
 
 #include <array>
@@ -20,20 +20,23 @@ struct AttentionTuning {
   int64_t tile;          ///< rows of a decode threadgroup: 1, 2, 4 or 8; 0: the prefill kernel
   int64_t threadgroups;  ///< threadgroups to aim for when splitting the tokens
   int64_t split_tokens;  ///< least tokens of a split
+  int64_t matrix;        ///< rows of a matrix threadgroup, 8 or 16, where that kernel serves the
+                         ///< call; 0: it is not used, and `tile` says what is
 };
 
 /// ROWS of the last entry, which serves all that are left.
 constexpr int64_t kTuningAllRows = 1 << 30;
 
-using TuningTable = std::array<AttentionTuning, 6>;
+using TuningTable = std::array<AttentionTuning, 7>;
 
 constexpr TuningTable kBuiltInTuning = {{
-    {1, 1, 256, 256},
-    {2, 2, 256, 256},
-    {4, 4, 256, 256},
-    {8, 8, 256, 256},
-    {16, 8, 256, 256},
-    {kTuningAllRows, 0, 256, 256},
+    {1, 1, 256, 256, 0},
+    {2, 2, 256, 256, 0},
+    {4, 4, 256, 256, 8},
+    {8, 8, 256, 256, 8},
+    {16, 8, 256, 256, 16},
+    {32, 0, 256, 256, 16},
+    {kTuningAllRows, 0, 256, 256, 0},
 }};
 
 /// The entry for this many rows per KV head.

@@ -57,22 +57,25 @@ std::optional<std::string> parse_tuning(std::string_view text, TuningTable& tabl
     std::istringstream words(line.substr(0, line.find('#')));
     for (std::string word; words >> word;) {
       AttentionTuning entry{};
-      char colon = 0, comma = 0, second = 0, more = 0;
+      char colon = 0, comma = 0, second = 0, third = 0, more = 0;
       std::istringstream fields(word);
       fields >> entry.rows >> colon >> entry.tile >> comma >> entry.threadgroups >> second >>
-          entry.split_tokens;
-      const bool well_formed =
-          !fields.fail() && colon == ':' && comma == ',' && second == ',' && !(fields >> more);
-      const bool known_tile =
-          entry.tile >= 0 && entry.tile <= 8 && (entry.tile & (entry.tile - 1)) == 0;
+          entry.split_tokens >> third >> entry.matrix;
+      const bool well_formed = !fields.fail() && colon == ':' && comma == ',' && second == ',' &&
+                               third == ',' && !(fields >> more);
+      const bool known_tile = entry.tile >= 0 && entry.tile <= 8 &&
+                              (entry.tile & (entry.tile - 1)) == 0 &&
+                              (entry.matrix == 0 || entry.matrix == 8 || entry.matrix == 16);
       AttentionTuning* place = nullptr;
       for (AttentionTuning& each : found) {
         if (each.rows == entry.rows) place = &each;
       }
       if (!well_formed || !known_tile || !place || entry.threadgroups < 1 ||
           entry.split_tokens < 1) {
-        return "expected ROWS:TILE,THREADGROUPS,SPLIT_TOKENS with ROWS one of 1, 2, 4, 8, 16 and " +
-               std::to_string(kTuningAllRows) + " and TILE one of 0, 1, 2, 4 and 8, got " + word;
+        return "expected ROWS:TILE,THREADGROUPS,SPLIT_TOKENS,MATRIX with ROWS one of 1, 2, 4, 8, "
+               "16, 32 and " +
+               std::to_string(kTuningAllRows) +
+               ", TILE one of 0, 1, 2, 4 and 8, and MATRIX one of 0, 8 and 16, got " + word;
       }
       *place = entry;
     }
@@ -85,7 +88,8 @@ std::string format_tuning(const TuningTable& table) {
   std::string text;
   for (const AttentionTuning& entry : table) {
     text += std::to_string(entry.rows) + ":" + std::to_string(entry.tile) + "," +
-            std::to_string(entry.threadgroups) + "," + std::to_string(entry.split_tokens) + "\n";
+            std::to_string(entry.threadgroups) + "," + std::to_string(entry.split_tokens) + "," +
+            std::to_string(entry.matrix) + "\n";
   }
   return text;
 }

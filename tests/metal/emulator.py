@@ -9,11 +9,12 @@ raises KernelFault."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import re
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -256,6 +257,23 @@ class Library:
         if name not in self._kernels:
             raise KeyError(f"no kernel {name}; the library has {', '.join(self._kernels)}")
         return self._api.kernels[self._kernels[name]]
+
+    @contextlib.contextmanager
+    def matrix_layout(self, places: Sequence[tuple[int, int]]) -> Iterator[None]:
+        """Another layout of simdgroup_matrix over lanes: the row and the even column of each."""
+        tables = {
+            name: (ctypes.c_ubyte * 32).in_dll(self._handle, f"emu_matrix_{name}")
+            for name in ("row", "column", "lane")
+        }
+        before = {name: list(table) for name, table in tables.items()}
+        for lane, (row, column) in enumerate(places):
+            tables["row"][lane], tables["column"][lane] = row, column
+            tables["lane"][row * 4 + column // 2] = lane
+        try:
+            yield
+        finally:
+            for name, table in tables.items():
+                table[:] = before[name]
 
     def launch(
         self,

@@ -32,8 +32,11 @@ ALL_ROWS = 1 << 30
 THREADGROUPS = (64, 128, 256, 512, 1024)
 SPLIT_TOKENS = (64, 128, 256, 512)
 
-#: rows per KV head: (rows of a threadgroup or 0 for prefill, threadgroups, tokens of a split)
-Table = dict[int, tuple[int, int, int]]
+#: Rows of a threadgroup or 0 for prefill, threadgroups, tokens of a split, and rows of a matrix
+#: threadgroup or 0.
+Entry = tuple[int, int, int, int]
+#: By rows per KV head.
+Table = dict[int, Entry]
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -163,8 +166,8 @@ def parse_table(text: str) -> Table:
     found: Table = {}
     for line in text.splitlines():
         rows, _, choices = line.partition(":")
-        tile, threadgroups, tokens = map(int, choices.split(","))
-        found[int(rows)] = tile, threadgroups, tokens
+        tile, threadgroups, tokens, matrix = map(int, choices.split(","))
+        found[int(rows)] = tile, threadgroups, tokens, matrix
     return found
 
 
@@ -192,15 +195,15 @@ def tune(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def best_entry(
-    args: argparse.Namespace, rows: int, start: tuple[int, int, int], tried: list[dict[str, Any]]
-) -> tuple[int, int, int]:
-    """Tries tiles, then numbers of threadgroups, then lengths of splits."""
+    args: argparse.Namespace, rows: int, start: Entry, tried: list[dict[str, Any]]
+) -> Entry:
+    """Tries kernels and their rows, then numbers of threadgroups, then lengths of splits."""
     served = min(rows, 32)
     queries = max(1, served // 8)
     query = random(args, "mps", args.batch, args.kv_heads * (served // queries), queries)
     calls = [packed_call(args, "mps", args.formats[0], query, tokens) for tokens in args.tokens]
 
-    def seconds(entry: tuple[int, int, int]) -> float:
+    def seconds(entry: Entry) -> float:
         torch.ops.kvq_metal.set_tuning(format_table({rows: entry}))
         times = time_in_turn({str(i): call for i, call in enumerate(calls)}, "mps", args.repeats)
         # Every length counts alike, in proportion.
@@ -208,14 +211,15 @@ def best_entry(
         tried.append({"rows": rows, "entry": entry, "ms": score})
         return score
 
-    def fastest(candidates: Iterable[tuple[int, int, int]]) -> tuple[int, int, int]:
+    def fastest(candidates: Iterable[Entry]) -> Entry:
         return min(dict.fromkeys(candidates), key=seconds)
 
-    tile, threadgroups, tokens = start
-    tiles = [n for n in (1, 2, 4, 8) if n <= served] + ([0] if served >= 8 else [])
-    tile, _, _ = fastest((n, threadgroups, tokens) for n in tiles)
-    _, threadgroups, _ = fastest((tile, n, tokens) for n in THREADGROUPS)
-    return fastest((tile, threadgroups, n) for n in SPLIT_TOKENS)
+    tile, threadgroups, tokens, _ = start
+    tiles = [(n, 0) for n in (1, 2, 4, 8) if n <= served] + ([(0, 0)] if served >= 8 else [])
+    tiles += [(tile, n) for n in (8, 16) if n <= max(8, served)]
+    tile, _, _, matrix = fastest((n, threadgroups, tokens, m) for n, m in tiles)
+    _, threadgroups, _, _ = fastest((tile, n, tokens, matrix) for n in THREADGROUPS)
+    return fastest((tile, threadgroups, n, matrix) for n in SPLIT_TOKENS)
 
 
 def describe(args: argparse.Namespace, found: dict[str, Any]) -> str:

@@ -50,17 +50,18 @@ PARAMS = np.dtype(
 _COMPOSER = """
 #include "csrc/mps/attention_library.h"
 #include <cstring>
-extern "C" void compose(int prefill, int dtype, const int* k, const char* k_name, const int* v,
-                        const char* v_name, int head_dim, int value_dim, int rows, int aligned,
-                        char* name, char* line) {
-  using namespace kvq;
-  const auto format = [](const int* f, const char* n) {
-    return AttentionFormat{KvqFamily(f[0]), f[1], f[2], KvqDtype(f[3]), n};
-  };
-  const AttentionKernel kernel{prefill != 0, KvqDtype(dtype), format(k, k_name),
-                               format(v, v_name), head_dim, value_dim, rows, aligned != 0};
+static kvq::AttentionFormat format(const int* f, const char* name) {
+  return {KvqFamily(f[0]), f[1], f[2], KvqDtype(f[3]), name};
+}
+extern "C" int compose(int kind, int dtype, const int* k, const char* k_name, const int* v,
+                       const char* v_name, int head_dim, int value_dim, int rows, int aligned,
+                       char* name, char* line) {
+  const kvq::AttentionKernel kernel{kvq::AttentionKind(kind), KvqDtype(dtype),
+                                    format(k, k_name), format(v, v_name),
+                                    head_dim, value_dim, rows, aligned != 0};
   std::strcpy(name, kernel.name().c_str());
   std::strcpy(line, kernel.instantiation().c_str());
+  return kernel.fits_matrix();
 }
 """
 
@@ -80,16 +81,33 @@ def _composer() -> ctypes.CDLL:
     return ctypes.CDLL(str(path))
 
 
-def compose(prefill, dtype, k, k_dtype, v, v_dtype, head_dim, value_dim, rows=1, aligned=True):
-    """(kernel name, line that instantiates it), from the host's own function."""
+#: Kernels of attention, as AttentionKind numbers them.
+KINDS = {"decode": 0, "prefill": 1, "matrix": 2}
 
+
+def _kind(kernel) -> int:
+    """A kernel's number; of a bool, whether it is prefill."""
+    return KINDS[kernel] if isinstance(kernel, str) else int(kernel)
+
+
+def compose(kernel, dtype, k, k_dtype, v, v_dtype, head_dim, value_dim, rows=1, aligned=True):
+    """(kernel name, line that instantiates it), from the host's own function."""
+    return _compose(kernel, dtype, k, k_dtype, v, v_dtype, head_dim, value_dim, rows, aligned)[:2]
+
+
+def fits_matrix(dtype, k, k_dtype, v, v_dtype, head_dim, value_dim):
+    """Whether the host would let the matrix kernel serve this."""
+    return _compose("matrix", dtype, k, k_dtype, v, v_dtype, head_dim, value_dim, 8, True)[2]
+
+
+def _compose(kernel, dtype, k, k_dtype, v, v_dtype, head_dim, value_dim, rows, aligned):
     def packed(fmt, scale_dtype):
         values = (FAMILIES[fmt.family](fmt), fmt.bits, fmt.group_size, DTYPES[scale_dtype])
         return (ctypes.c_int * 4)(*values), fmt.name.encode()
 
     name, line = ctypes.create_string_buffer(512), ctypes.create_string_buffer(4096)
-    _composer().compose(
-        int(prefill),
+    fits = _composer().compose(
+        _kind(kernel),
         DTYPES[dtype],
         *packed(k, k_dtype),
         *packed(v, v_dtype),
@@ -100,7 +118,7 @@ def compose(prefill, dtype, k, k_dtype, v, v_dtype, head_dim, value_dim, rows=1,
         name,
         line,
     )
-    return name.value.decode(), line.value.decode()
+    return name.value.decode(), line.value.decode(), bool(fits)
 
 
 @functools.cache
@@ -109,8 +127,10 @@ def template(library: str) -> str:
     return toolchain.flatten(ROOT / "metal" / f"{library}.metal")
 
 
-def source(prefill: bool, lines: str) -> str:
-    return template("attention_prefill" if prefill else "attention_decode") + "\n" + lines
+def source(kernel, lines: str) -> str:
+    """The library of a kernel, by name or whether it is prefill, with these instantiations."""
+    names = {number: name for name, number in KINDS.items()}
+    return template(f"attention_{names[_kind(kernel)]}") + "\n" + lines
 
 
 def _storage(t: torch.Tensor) -> np.ndarray:
@@ -140,17 +160,19 @@ def _bound(params, value, default):
     return value.contiguous()
 
 
-def choose(query, k_packed, v_packed, k, v, prefill, rows=None, aligned=True):
+def choose(query, k_packed, v_packed, k, v, kernel, rows=None, aligned=True):
     """(name, line, rows) of the kernel for these tensors; few rows unless `rows` says otherwise."""
     if rows is None:
         repeat = query.shape[1] // k_packed[0].shape[1]
         rows = min(8, 1 << (query.shape[2] * repeat - 1).bit_length())
+        if _kind(kernel) == KINDS["matrix"]:
+            rows = 8 if query.shape[2] * repeat <= 8 else 16
     k_dtype, v_dtype = (
         (codes if fmt.family == "none" else scales).dtype
         for (codes, scales, _), fmt in ((k_packed, k), (v_packed, v))
     )
     dims = query.shape[-1], v.head_dim(v_packed[0].shape[-1])
-    return *compose(prefill, query.dtype, k, k_dtype, v, v_dtype, *dims, rows, aligned), rows
+    return *compose(kernel, query.dtype, k, k_dtype, v, v_dtype, *dims, rows, aligned), rows
 
 
 def attention(
@@ -204,7 +226,7 @@ def attention(
     repeat = heads // groups
     prefill = kernel == "prefill"
     k_packed, v_packed = (k_codes, k_scales, k_biases), (v_codes, v_scales, v_biases)
-    name, line, rows = choose(query, k_packed, v_packed, k, v, prefill, rows, aligned)
+    name, line, rows = choose(query, k_packed, v_packed, k, v, kernel, rows, aligned)
 
     p = np.zeros((), PARAMS)
     buffers = [_storage(query)]
@@ -242,7 +264,7 @@ def attention(
     if in_place:
         buffers = [emulator.InPlace(b) for b in buffers]
 
-    library = library or emulator.load(source(prefill, line), mode)
+    library = library or emulator.load(source(kernel, line), mode)
     tile = PREFILL_ROWS if prefill else rows
     grid = (splits, -(-queries * repeat // tile), batch * groups)
     options = {"seed": seed, "guard_low": guard_low}

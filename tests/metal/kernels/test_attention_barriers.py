@@ -37,16 +37,16 @@ def survivors(text, run):
 
 def test_barriers():
     left = {}
-    for kernel, queries in (("decode", 2), ("prefill", 20)):
+    half = torch.float16
+    for kernel, queries, rows in (("decode", 2, 4), ("prefill", 20, 1), ("matrix", 2, 8)):
         case, options = case_and_options(queries)
-        prefill, half = kernel == "prefill", torch.float16
-        _, line = compose(prefill, half, INT4, half, TQ4, half, 64, 64, 4)
+        _, line = compose(kernel, half, INT4, half, TQ4, half, 64, 64, rows)
 
         def run(library, case=case, options=options, kernel=kernel):
             case.run(kernel=kernel, library=library, **options)
             case.run(kernel=kernel, library=library, k_signs=None, v_signs=None)
 
-        left[kernel] = survivors(source(prefill, line), run)
+        left[kernel] = survivors(source(kernel, line), run)
     case, options = case_and_options(1)
 
     def run_merge(library):

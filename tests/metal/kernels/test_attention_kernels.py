@@ -12,7 +12,7 @@ from torch_kvq.codebooks import hadamard_signs
 from torch_kvq.formats import FLOAT_DTYPES, FORMATS, GROUP_SIZES, KVFormat, default_scale_dtype
 
 from .. import emulator, requirements
-from .attention_launch import attention, choose, source
+from .attention_launch import attention, choose, fits_matrix, source
 
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
 ALL_FORMATS = [
@@ -30,6 +30,11 @@ SOME_FORMATS = [
 @pytest.fixture(autouse=True)
 def _tools() -> None:
     requirements.require(requirements.missing_for_emulator())
+
+
+#: Of lse, where the kernel multiplies in the query's dtype.
+LOOSE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+KERNELS = ("decode", "prefill", "matrix")
 
 
 def holds(fmt: KVFormat, head_dim: int) -> bool:
@@ -116,24 +121,32 @@ def check_accuracy(case, **options):
     rounding = torch.finfo(case.query.dtype).eps * expected.abs().max().item()
     assert ours[0] <= 2 * torchs[0] + 0.05 * rounding, (ours, torchs)
     assert ours[1] <= 2 * torchs[1] + 0.5 * rounding, (ours, torchs)
-    loose = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-    prefill = options.get("kernel") == "prefill"
-    atol = loose[case.query.dtype] if prefill else 1e-5
+    loose = options.get("kernel") in ("prefill", "matrix")
+    atol = LOOSE[case.query.dtype] if loose else 1e-5
     torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=atol)
 
 
-def check_close(case, tokens=None, rtol=2e-5, launch=None, **options):
+def check_close(case, tokens=None, rtol=None, launch=None, **options):
+    half = case.query.dtype == torch.float16
+    rtol = rtol or (2e-3 if half else 2e-5)
     out, lse = case.run(tokens, **options, **(launch or {}))
     expected, expected_lse = case.expected(tokens, **options)
     scale = expected.nan_to_num().abs().max().item()
     torch.testing.assert_close(
         out.double(), expected.double(), rtol=rtol, atol=rtol * scale, equal_nan=True
     )
-    torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=1e-5, equal_nan=True)
+    lse_rtol, atol = (2.0**-12, LOOSE[case.query.dtype]) if half else (1e-5, 1e-5)
+    torch.testing.assert_close(lse, expected_lse, rtol=lse_rtol, atol=atol, equal_nan=True)
 
 
-def smallest_dim(fmt):
-    return next(d for d in HEAD_DIMS if holds(fmt, d))
+def smallest_dim(fmt, fits=holds):
+    return next((d for d in HEAD_DIMS if holds(fmt, d) and fits(fmt, d)), None)
+
+
+def fits(fmt, head_dim, value_format=None, value_dim=None, dtype=torch.float16):
+    """Whether the matrix kernel can serve these formats and head sizes."""
+    sides = [(fmt, dtype), (value_format or fmt, dtype)]
+    return fits_matrix(dtype, *(x for s in sides for x in s), head_dim, value_dim or head_dim)
 
 
 @pytest.mark.parametrize("fmt", ALL_FORMATS, ids=str)
@@ -141,6 +154,20 @@ def test_decode_of_every_format(fmt):
     i = ALL_FORMATS.index(fmt)
     case = Case(fmt, fmt, FLOAT_DTYPES[i % 3], heads=(1, 2, 4)[i % 3], head_dim=smallest_dim(fmt))
     check_accuracy(case)
+
+
+@pytest.mark.parametrize("fmt", ALL_FORMATS, ids=str)
+def test_matrix_of_every_format(fmt):
+    i = ALL_FORMATS.index(fmt)
+    head_dim = smallest_dim(fmt, fits)
+    if head_dim is None:  # a group of 32 codes of 2 bits is too short to be shared
+        assert str(fmt) == "int2-g32"
+        return
+    dtype = torch.float16 if i % 2 or fmt.name == "none" else torch.bfloat16
+    check_accuracy(
+        Case(fmt, fmt, dtype, heads=3 + i % 4, queries=1 + i % 2, head_dim=head_dim),
+        kernel="matrix",
+    )
 
 
 @pytest.mark.parametrize("fmt", SOME_FORMATS, ids=str)
@@ -174,6 +201,43 @@ def test_mixed_formats_and_head_sizes(kernel, k, v, dtype, head_dim, value_dim):
     check_accuracy(case, kernel=kernel, splits=2)
 
 
+MIXED_MATRIX = [
+    ("int8-g32", "tq4", torch.float16, 64, 64),
+    ("q8_0", "q4_0", torch.bfloat16, 96, 128),
+    ("int4-g64", "tq2", torch.float16, 192, 128),
+    ("tq3", "fp8_e5m2-g128", torch.bfloat16, 128, 256),
+    ("none", "int2-g64", torch.float16, 256, 64),
+]
+
+
+@pytest.mark.parametrize(("k", "v", "dtype", "head_dim", "value_dim"), MIXED_MATRIX)
+def test_mixed_formats_by_matrix(k, v, dtype, head_dim, value_dim):
+    k, v = KVFormat.parse(k), KVFormat.parse(v)
+    assert fits(k, head_dim, v, value_dim)
+    case = Case(
+        k, v, dtype, batch=2, heads=12, groups=2, queries=2, head_dim=head_dim,
+        value_dim=value_dim, tokens=150,
+    )  # fmt: skip
+    check_accuracy(case, kernel="matrix", splits=2)
+
+
+LAYOUTS = {
+    "mma": [(lane // 4, lane % 4 * 2) for lane in range(32)],
+    "scrambled": [((lane * 3 + 5) % 8, 6 - lane // 8 * 2) for lane in range(32)],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_layout_of_matrices(layout):
+    """Metal does not say which elements of a matrix a lane holds: the kernel finds out."""
+    case = feature_case("matrix")
+    options = feature_options("everything", case)
+    line = choose(case.query, *case.packed, case.k_format, case.v_format, "matrix")[1]
+    library = emulator.load(source("matrix", line))
+    with library.matrix_layout(LAYOUTS[layout]):
+        check_close(case, launch={"kernel": "matrix", "library": library}, **options)
+
+
 @pytest.mark.parametrize("head_dim", [8, 24, 37, 512])
 def test_decode_of_unusual_head_sizes(head_dim):
     fmt = KVFormat("none") if head_dim == 37 else KVFormat("tq3")
@@ -184,10 +248,11 @@ INT4, TQ4 = KVFormat("int4", 64), KVFormat("tq4")
 
 
 def feature_case(kernel, **options):
-    queries = 3 if kernel == "decode" else 12
+    queries = 12 if kernel == "prefill" else 3
+    dtype = torch.float16 if kernel == "matrix" else torch.float32
     given = {"batch": 2, "heads": 4, "groups": 2, "queries": queries, "head_dim": 64}
     # int4 K, rotated, and tq4 V: one library for all features.
-    return Case(INT4, TQ4, torch.float32, rotate=True, **{**given, **options})
+    return Case(INT4, TQ4, dtype, rotate=True, **{**given, **options})
 
 
 def features():
@@ -246,8 +311,10 @@ def feature_options(name, case):
     }
 
 
-@pytest.mark.parametrize("splits", [1, 3])
-@pytest.mark.parametrize("kernel", ["decode", "prefill"])
+@pytest.mark.parametrize(
+    ("kernel", "splits"),
+    [("decode", 1), ("decode", 3), ("prefill", 1), ("prefill", 3), ("matrix", 3)],
+)
 @pytest.mark.parametrize("name", FEATURES)
 def test_features(name, kernel, splits):
     case = feature_case(kernel)
@@ -255,20 +322,21 @@ def test_features(name, kernel, splits):
     check_close(case, launch={"kernel": kernel, "splits": splits}, **options)
 
 
-@pytest.mark.parametrize("kernel", ["decode", "prefill"])
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_a_row_masked_with_the_lowest_float_is_uniform(kernel):
     """Not zeros: finfo.min leaves all scores equal, which models with padding rely on."""
     case = feature_case(kernel)
     mask = torch.full((190,), torch.finfo(torch.float32).min)
     out, _ = case.run(mask=mask, kernel=kernel)
     expected, _ = case.expected(scale=0.0)
-    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+    close = 1e-3 if kernel == "matrix" else 1e-5
+    torch.testing.assert_close(out.double(), expected.double(), rtol=close, atol=close)
 
 
-@pytest.mark.parametrize("kernel", ["decode", "prefill"])
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("name", ["plain", "everything", "mask-narrow", "short"])
 def test_no_races(name, kernel):
-    case = feature_case(kernel, tokens=190 if kernel == "decode" else 90)
+    case = feature_case(kernel, tokens=90 if kernel == "prefill" else 190)
     options = feature_options(name, case)
     for splits in (1, 2):
         launch = {"kernel": kernel, "splits": splits, "mode": "race", "seed": splits}
@@ -280,9 +348,12 @@ def test_no_undefined_behaviour(fmt):
     """Misaligned loads, shifts, array bounds: what x86 lets pass and a GPU does not."""
     case = Case(fmt, fmt, torch.float16, head_dim=smallest_dim(fmt), tokens=70)
     check_accuracy(case, mode="asan", splits=2)
+    if smallest_dim(fmt, fits):
+        case = Case(fmt, fmt, torch.float16, head_dim=smallest_dim(fmt, fits), tokens=70)
+        check_accuracy(case, kernel="matrix", mode="asan", splits=2)
 
 
-@pytest.mark.parametrize("kernel", ["decode", "prefill"])
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("name", ["plain", "window", "sinks", "softcap", "short", "mask", "means"])
 def test_fast_math(name, kernel):
     case = feature_case(kernel)
@@ -305,12 +376,13 @@ def poison(packed, rows, value=math.nan):
             tensor[:, :, rows] = value
 
 
-@pytest.mark.parametrize("kernel", ["decode", "prefill"])
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("spec", ["int4-g64", "none"])
 def test_slots_that_no_query_sees_do_not_matter(spec, kernel):
     fmt = KVFormat.parse(spec)
-    queries = 1 if kernel == "decode" else 12
-    case = Case(fmt, fmt, torch.float32, batch=2, heads=4, groups=2, queries=queries, head_dim=64)
+    queries = 12 if kernel == "prefill" else 1
+    dtype = torch.float16 if kernel == "matrix" else torch.float32
+    case = Case(fmt, fmt, dtype, batch=2, heads=4, groups=2, queries=queries, head_dim=64)
     clean = case.run(torch.tensor([150, 90]), window=80, kernel=kernel)
     for side in case.packed:
         poison(side, slice(150, None))
@@ -325,46 +397,67 @@ def test_slots_that_no_query_sees_do_not_matter(spec, kernel):
 
 
 @pytest.mark.parametrize("side", [0, 1])
-@pytest.mark.parametrize("kernel", ["decode", "prefill"])
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_visible_nan_shows(kernel, side):
-    queries = 1 if kernel == "decode" else 12
-    case = Case(INT4, INT4, torch.float32, heads=2, queries=queries, head_dim=64)
+    queries = 12 if kernel == "prefill" else 1
+    dtype = torch.float16 if kernel == "matrix" else torch.float32
+    case = Case(INT4, INT4, dtype, heads=2, queries=queries, head_dim=64)
     case.packed[side][1][:, :, 70, 0] = math.nan
     check_close(case, launch={"kernel": kernel})
     assert case.run(kernel=kernel)[0].isnan().any()
 
 
 def test_a_nan_query_spoils_its_own_row_only():
-    case = Case(INT4, INT4, torch.float32, heads=2, queries=12, head_dim=64)
-    case.query[0, 1, 5, 3] = math.nan
-    for kernel in ("decode", "prefill"):
+    for kernel in KERNELS:
+        dtype, queries = (torch.float16, 6) if kernel == "matrix" else (torch.float32, 12)
+        case = Case(INT4, INT4, dtype, heads=2, queries=queries, head_dim=64)
+        case.query[0, 1, 5, 3] = math.nan
         out, lse = case.run(kernel=kernel)
         assert out[0, 1, 5].isnan().all() and lse[0, 1, 5].isnan()
         assert out.isnan().sum() == 64 and lse.isnan().sum() == 1
 
 
-def test_e4m3_nan_code():
+@pytest.mark.parametrize("kernel", ["decode", "matrix"])
+def test_e4m3_nan_code(kernel):
     fmt = KVFormat("fp8_e4m3", 64)
-    case = Case(fmt, fmt, torch.float32, head_dim=64)
+    dtype = torch.float16 if kernel == "matrix" else torch.float32
+    case = Case(fmt, fmt, dtype, head_dim=64)
     case.packed[1][0][0, 0, 5, 9] = 0x7F
     case.packed[1][0][0, 0, 8, 11] = 0x01  # the least subnormal
-    out, _ = case.run()
+    out, _ = case.run(kernel=kernel)
     assert out[0, :, 0, 9].isnan().all() and out.isnan().sum() == case.query.shape[1]
     expected, _ = case.expected()
     assert torch.equal(expected.isnan(), out.isnan())
 
 
+@pytest.mark.parametrize("kernel", ["decode", "matrix"])
 @pytest.mark.parametrize("scale_dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_scale_dtypes(scale_dtype):
+def test_scale_dtypes(scale_dtype, kernel):
     case = Case(INT4, TQ4, torch.bfloat16, head_dim=64, scale_dtype=scale_dtype)
-    check_accuracy(case)
+    check_accuracy(case, kernel=kernel)
 
 
-@pytest.mark.parametrize("spec", ["int4-g64", "tq5", "q8_0"])
-def test_unaligned_rows(spec):
+@pytest.mark.parametrize("factor", [2.0**-60, 2.0**60])
+@pytest.mark.parametrize("spec", ["int4-g64", "tq4", "fp8_e4m3-g64"])
+def test_values_far_from_float16(spec, factor):
+    """bfloat rows whose elements float16 has no room for: codes are float16, scales are not."""
     fmt = KVFormat.parse(spec)
-    case = Case(fmt, fmt, torch.float32, heads=2, head_dim=64)
-    want = case.run()
+    case = Case(fmt, fmt, torch.bfloat16, heads=4, head_dim=64, scale_dtype=torch.float32)
+    for scales in case.packed[1][1:]:
+        scales *= factor
+    case.query /= factor**0.25
+    for scales in case.packed[0][1:]:
+        scales *= factor**0.25
+    check_accuracy(case, kernel="matrix", splits=2)
+
+
+@pytest.mark.parametrize("kernel", ["decode", "matrix"])
+@pytest.mark.parametrize("spec", ["int4-g64", "tq5", "q8_0"])
+def test_unaligned_rows(spec, kernel):
+    fmt = KVFormat.parse(spec)
+    dtype = torch.float16 if kernel == "matrix" else torch.float32
+    case = Case(fmt, fmt, dtype, heads=2, head_dim=64)
+    want = case.run(kernel=kernel)
     shifted = []
     for codes, scales, biases in case.packed:
         wide = torch.zeros(1, 1, 200, codes.shape[-1] + 5, dtype=torch.uint8)
@@ -372,14 +465,15 @@ def test_unaligned_rows(spec):
         view.copy_(codes)
         shifted.append((view, scales, biases))
     case.packed = shifted
-    got = case.run(aligned=False)
+    got = case.run(aligned=False, kernel=kernel)
     for a, b in zip(want, got, strict=True):
         assert torch.equal(a, b)
 
 
-def test_strided_views():
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_strided_views(kernel):
     """Slots, heads and batch rows far apart, and a query with its tokens outside its heads."""
-    case = feature_case("decode")
+    case = feature_case(kernel)
     case.query = case.query.transpose(1, 2).contiguous().transpose(1, 2)
     views = []
     for side in case.packed:
@@ -389,8 +483,7 @@ def test_strided_views():
             view = wide[1:].transpose(1, 2)[..., : t.shape[-1]]
             views[-1].append(view.copy_(t))
     case.packed = views
-    for kernel in ("decode", "prefill"):
-        check_close(case, launch={"kernel": kernel})
+    check_close(case, launch={"kernel": kernel})
 
 
 def test_offsets_beyond_2_31_bytes():
@@ -421,8 +514,9 @@ def test_threadgroup_memory_is_bounded():
         ("decode", torch.float32, 1024, 4),
         ("prefill", torch.float32, 256, None),
         ("prefill", torch.float16, 256, None),
+        ("matrix", torch.float16, 256, 16),
     ):
-        queries = 4 if kernel == "decode" else 9
+        queries = 9 if kernel == "prefill" else 4
         case = Case(none, none, dtype, heads=1, queries=queries, head_dim=head_dim, tokens=40)
         used = {}
         case.run(kernel=kernel, rows=rows, memory=used)
@@ -434,41 +528,44 @@ def test_row_tiles():
     case = Case(INT4, INT4, torch.float32, heads=3, queries=3, head_dim=64)
     for rows in (1, 2, 4, 8):
         check_close(case, launch={"rows": rows})
+    case = Case(INT4, INT4, torch.float16, heads=3, queries=6, head_dim=64)
+    for rows in (8, 16):
+        check_close(case, launch={"rows": rows, "kernel": "matrix"})
 
 
 def check_together(cases, kernel, mode="fast"):
     """check_accuracy of cases whose kernels are in one library: a process can load some 200."""
-    prefill = kernel == "prefill"
     lines = {
-        choose(case.query, *case.packed, case.k_format, case.v_format, prefill)[1] for case in cases
+        choose(case.query, *case.packed, case.k_format, case.v_format, kernel)[1] for case in cases
     }
-    library = emulator.load(source(prefill, "".join(sorted(lines))), mode)
+    library = emulator.load(source(kernel, "".join(sorted(lines))), mode)
     for case in cases:
         check_accuracy(case, kernel=kernel, splits=2, mode=mode, library=library)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fmt", ALL_FORMATS, ids=str)
-@pytest.mark.parametrize("kernel", ["decode", "prefill"])
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_every_format_dtype_and_head_size(kernel, fmt):
-    queries = 1 if kernel == "decode" else 17
+    queries = 17 if kernel == "prefill" else 1
     cases = [
         Case(fmt, fmt, dtype, heads=4, groups=2, queries=queries, head_dim=head_dim, tokens=120)
         for dtype in FLOAT_DTYPES
         for head_dim in HEAD_DIMS
-        if holds(fmt, head_dim)
+        if holds(fmt, head_dim) and (kernel != "matrix" or fits(fmt, head_dim, dtype=dtype))
     ]
-    check_together(cases, kernel)
+    if cases:
+        check_together(cases, kernel)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kernel", "queries"), [("decode", 1), ("prefill", 9)])
+@pytest.mark.parametrize(("kernel", "queries"), [("decode", 1), ("prefill", 9), ("matrix", 3)])
 @pytest.mark.parametrize("mode", ["race", "asan", "fastmath"])
 def test_every_format_in_every_build(mode, kernel, queries):
+    dtype, fitting = (torch.float16, fits) if kernel == "matrix" else (torch.float32, holds)
     cases = [
-        Case(
-            fmt, fmt, torch.float32, heads=3, queries=queries, tokens=90, head_dim=smallest_dim(fmt)
-        )
+        Case(fmt, fmt, dtype, heads=3, queries=queries, tokens=90, head_dim=head_dim)
         for fmt in ALL_FORMATS
+        if (head_dim := smallest_dim(fmt, fitting))
     ]
     check_together(cases, kernel, mode)

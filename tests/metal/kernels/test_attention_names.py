@@ -12,7 +12,7 @@ import torch
 from torch_kvq.formats import FLOAT_DTYPES, FORMATS, GROUP_SIZES, KVFormat
 
 from .. import requirements, toolchain
-from .attention_launch import compose, source, template
+from .attention_launch import compose, fits_matrix, source, template
 
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
 ROWS = (1, 2, 4, 8)
@@ -45,6 +45,8 @@ def variants(k, v):
         yield True, dtype, *k, *v, d, dv, 1, aligned
         for rows in ROWS:
             yield False, dtype, *k, *v, d, dv, rows, aligned
+        if fits_matrix(dtype, *k, *v, d, dv):
+            yield from (("matrix", dtype, *k, *v, d, dv, rows, aligned) for rows in (8, 16))
 
 
 def test_names_read_as_the_issue_spells_them():
@@ -73,12 +75,15 @@ def test_names_are_unique():
 
 def test_every_stored_side_is_declared():
     """Each format and scale dtype as K and as V makes a kernel of the composed name."""
-    for prefill in (True, False):
+    for kernel in ("decode", "prefill", "matrix"):
         composed = []
         for stored in STORED:
             head_dim = next(d for d in HEAD_DIMS if holds(stored[0], d))
-            composed.append(compose(prefill, torch.float16, *stored, *stored, head_dim, head_dim))
-        found = toolchain.kernels(source(prefill, "".join(line for _, line in composed))).instances
+            dims = head_dim, head_dim
+            if kernel == "matrix" and not fits_matrix(torch.float16, *stored, *stored, *dims):
+                continue
+            composed.append(compose(kernel, torch.float16, *stored, *stored, *dims, 8))
+        found = toolchain.kernels(source(kernel, "".join(line for _, line in composed))).instances
         assert [instance.host_name for instance in found] == [name for name, _ in composed]
 
 
@@ -91,6 +96,8 @@ SAMPLE = [
     (False, HALF, *pair("int4-g64", HALF), *pair("int4-g64", HALF), 256, 256, 8),
     (False, FLOAT, *pair("tq3", FLOAT), *pair("none", FLOAT), 80, 96, 4, False),
     (True, BFLOAT, *pair("fp8_e4m3-g32", BFLOAT), *pair("q4_0", HALF), 256, 256),
+    ("matrix", BFLOAT, *pair("int4-g64", BFLOAT), *pair("tq4", HALF), 128, 128, 8),
+    ("matrix", HALF, *pair("int4-g64", HALF), *pair("int4-g64", HALF), 128, 128, 16),
 ]
 
 
@@ -122,13 +129,15 @@ def test_every_stored_side_compiles(stored):
     """As K with V of the next kind, for all head sizes and row counts, in one go each."""
     other = STORED[(STORED.index(stored) + 7) % len(STORED)]
     dtype = FLOAT_DTYPES[STORED.index(stored) % 3]
-    for prefill in (False, True):
+    for kernel, some in (("decode", ROWS), ("prefill", (1,)), ("matrix", (8, 16))):
         lines, names = [], []
         for d in filter(lambda d: holds(stored[0], d), HEAD_DIMS):
             dv = next(dv for dv in reversed(HEAD_DIMS) if holds(other[0], dv))
-            for rows in (1,) if prefill else ROWS:
-                name, line = compose(prefill, dtype, *stored, *other, d, dv, rows)
+            if kernel == "matrix" and not fits_matrix(dtype, *stored, *other, d, dv):
+                continue
+            for rows in some:
+                name, line = compose(kernel, dtype, *stored, *other, d, dv, rows)
                 names.append(name)
                 lines.append(line)
-        path = toolchain.compile_library(source(prefill, "".join(lines)))
+        path = toolchain.compile_library(source(kernel, "".join(lines)))
         assert path.exists() and len(set(names)) == len(lines)

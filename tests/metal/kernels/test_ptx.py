@@ -82,7 +82,7 @@ def test_small_checks_of_attention():
     """Launch geometry, buffers and the accuracy rule, as on a GPU."""
     kernels = attention_kernels("int4-g64-rot", dtypes=[torch.float16], rows=(1, 4))
     results = list(attention.small_checks(kernels))
-    assert len(results) == 3
+    assert len(results) == 5  # decode of 1 and 4 rows, by matrices of 8 and 16, prefill
     assert all(result["ok"] for _, result in results), results
 
 
@@ -103,7 +103,12 @@ def test_attention_is_built_for_every_stored_format():
     for fmt in catalogue.ALL_FORMATS:
         mine = [r for r in rows if r["k"] == r["v"] == str(fmt) and r["head_dim"] == 128]
         assert {r["dtype"] for r in mine} == set(catalogue.DTYPES), fmt
-        assert {r["rows"] for r in mine if not r["prefill"]} == set(catalogue.ROWS), fmt
+        decode = {r["rows"] for r in mine if not r["prefill"] and not r["matrix"]}
+        assert decode == set(catalogue.ROWS), fmt
+        matrix = {(r["dtype"], r["rows"]) for r in mine if r["matrix"]}
+        fitting = [] if str(fmt) == "int2-g32" else ["half"] if fmt.name == "none" else None
+        fitting = ["half", "bfloat"] if fitting is None else fitting
+        assert matrix == {(dtype, rows) for dtype in fitting for rows in (8, 16)}, fmt
         assert {r["prefill"] for r in mine} == {False, True}, fmt
 
 

@@ -12,10 +12,11 @@ namespace msl_scalar {  // one function per name, on float
 #define MSL_BUILTIN2(name) \
   MSL_INLINE float name(float x, float y) { return __builtin_##name##f(x, y); }
 #ifdef __NVPTX__
-MSL_INLINE float exp2(float x) { return __nvvm_ex2_approx_f(x); }
-MSL_INLINE float exp(float x) { return __nvvm_ex2_approx_f(x * M_LOG2E_F); }
-MSL_INLINE float log2(float x) { return __nvvm_lg2_approx_f(x); }
-MSL_INLINE float log(float x) { return __nvvm_lg2_approx_f(x) * M_LN2_F; }
+// Subnormals are flushed, as on Apple's GPUs.
+MSL_INLINE float exp2(float x) { return __nvvm_ex2_approx_ftz_f(x); }
+MSL_INLINE float exp(float x) { return __nvvm_ex2_approx_ftz_f(x * M_LOG2E_F); }
+MSL_INLINE float log2(float x) { return __nvvm_lg2_approx_ftz_f(x); }
+MSL_INLINE float log(float x) { return __nvvm_lg2_approx_ftz_f(x) * M_LN2_F; }
 MSL_INLINE float rsqrt(float x) { return __nvvm_rsqrt_approx_f(x); }
 MSL_INLINE float sqrt(float x) { return __nvvm_sqrt_rn_f(x); }
 MSL_INLINE float sin(float x) { return __nvvm_sin_approx_f(x); }

@@ -84,12 +84,31 @@ MSL_DECLARE_MATRICES(float)
 MSL_DECLARE_MATRICES(half)
 
 // A simdgroup_matrix of 8x8 has two elements in each lane: row msl_matrix_row, columns
-// msl_matrix_column and the next.
-MSL_INLINE uint msl_matrix_row(uint lane) { return ((lane / 4) & 4) + (lane / 2) % 4; }
-MSL_INLINE uint msl_matrix_column(uint lane) { return ((lane / 4) & 2) * 2 + (lane % 2) * 2; }
+// msl_matrix_column and the next. Which, Metal does not document: here they lie as on Apple's GPUs
+// of today, under the emulator as tests want it, and in PTX as its mma instructions have them.
+#if defined(__NVPTX__)
+MSL_INLINE uint msl_matrix_row(uint lane) { return lane / 4; }
+MSL_INLINE uint msl_matrix_column(uint lane) { return lane % 4 * 2; }
+MSL_INLINE uint msl_matrix_lane(uint row, uint column) { return row * 4 + column / 2; }
+#elif defined(MSL_EMU)
+#define MSL_SHARED extern "C" __attribute__((visibility("default"), weak))
+MSL_SHARED uchar emu_matrix_row[32] = {0, 0, 1, 1, 2, 2, 3, 3, 0, 0, 1, 1, 2, 2, 3, 3,
+                                       4, 4, 5, 5, 6, 6, 7, 7, 4, 4, 5, 5, 6, 6, 7, 7};
+MSL_SHARED uchar emu_matrix_column[32] = {0, 2, 0, 2, 0, 2, 0, 2, 4, 6, 4, 6, 4, 6, 4, 6,
+                                          0, 2, 0, 2, 0, 2, 0, 2, 4, 6, 4, 6, 4, 6, 4, 6};
+MSL_SHARED uchar emu_matrix_lane[32] = {0,  1,  8,  9,  2,  3,  10, 11, 4,  5,  12,
+                                        13, 6,  7,  14, 15, 16, 17, 24, 25, 18, 19,
+                                        26, 27, 20, 21, 28, 29, 22, 23, 30, 31};
+MSL_INLINE uint msl_matrix_row(uint lane) { return emu_matrix_row[lane]; }
+MSL_INLINE uint msl_matrix_column(uint lane) { return emu_matrix_column[lane]; }
 MSL_INLINE uint msl_matrix_lane(uint row, uint column) {
-  return ((row & 4) ? 16u : 0u) + ((column & 4) ? 8u : 0u) + (row & 3) * 2 + ((column >> 1) & 1);
+  return emu_matrix_lane[row * 4 + column / 2];
 }
+#else
+uint msl_matrix_row(uint lane);
+uint msl_matrix_column(uint lane);
+uint msl_matrix_lane(uint row, uint column);
+#endif
 template <class T, int C, int R = C>
 struct simdgroup_matrix {
   static_assert(C == 8 && R == 8, "simdgroup_matrix is 8x8");
@@ -146,6 +165,40 @@ MSL_INLINE void simdgroup_store(simdgroup_matrix<T, 8> m, P* p, ulong stride = 8
 struct msl_fragments {
   float a[2], b[2];
 };
+#if defined(__NVPTX__)
+// PTX wants its right-hand operand transposed.
+MSL_INLINE uint msl_transpose(uint x) {
+  uint y;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
+}
+// The matrix units multiply 16 rows by 8x8. One product uses the upper eight.
+#define MSL_MATRIX_UNIT(T, TYPE)                                                            \
+  MSL_INLINE void msl_multiply(float& x0, float& x1, msl_vector<T, 2> a, msl_vector<T, 2> b) { \
+    asm("{ .reg .b32 a, x, y;\n\t"                                                         \
+        "mma.sync.aligned.m16n8k8.row.col.f32." TYPE "." TYPE                               \
+        ".f32 {%0, %1, x, y}, {%2, a}, {%3}, {%0, %1, x, y}; }"                             \
+        : "+f"(x0), "+f"(x1)                                                                \
+        : "r"(__builtin_bit_cast(uint, a)), "r"(msl_transpose(__builtin_bit_cast(uint, b)))); \
+  }                                                                                         \
+  MSL_INLINE void msl_multiply(msl_vector<float, 2>& x, msl_vector<float, 2>& y,            \
+                               msl_vector<T, 2> a, msl_vector<T, 2> b, msl_vector<T, 2> c) { \
+    float x0 = x[0], x1 = x[1], y0 = y[0], y1 = y[1];                                       \
+    asm("mma.sync.aligned.m16n8k8.row.col.f32." TYPE "." TYPE                               \
+        ".f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"                          \
+        : "+f"(x0), "+f"(x1), "+f"(y0), "+f"(y1)                                            \
+        : "r"(__builtin_bit_cast(uint, a)), "r"(__builtin_bit_cast(uint, b)),               \
+          "r"(msl_transpose(__builtin_bit_cast(uint, c))));                                 \
+    x = {x0, x1}, y = {y0, y1};                                                             \
+  }
+MSL_MATRIX_UNIT(half, "f16")
+MSL_MATRIX_UNIT(bfloat, "bf16")
+// x += a c, y += b c: a template of this name in the kernel's source gives way to this.
+MSL_INLINE void kvq_multiply_pair(simdgroup_float8x8& x, simdgroup_float8x8& y,
+                                  simdgroup_half8x8 a, simdgroup_half8x8 b, simdgroup_half8x8 c) {
+  msl_multiply(x.elements, y.elements, a.elements, b.elements, c.elements);
+}
+#endif
 template <class D, class A, class B, class C>
 MSL_INLINE void simdgroup_multiply_accumulate(simdgroup_matrix<D, 8>& d, simdgroup_matrix<A, 8> a,
                                               simdgroup_matrix<B, 8> b, simdgroup_matrix<C, 8> c,
@@ -165,6 +218,14 @@ MSL_INLINE void simdgroup_multiply_accumulate(simdgroup_matrix<D, 8>& d, simdgro
     x1 += ak * bk[1];
   }
 #else
+#if defined(__NVPTX__)
+  if constexpr (is_same_v<A, B> && sizeof(A) == 2) {
+    msl_multiply(x0, x1, a.elements, b.elements);
+    d.elements[0] = (D)x0;
+    d.elements[1] = (D)x1;
+    return;
+  }
+#endif
   for (uint k = 0; k < 8; ++k) {
     const ushort from_a = (ushort)msl_matrix_lane(row, k),
                  from_b = (ushort)msl_matrix_lane(k, column);

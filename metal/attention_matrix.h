@@ -1,0 +1,479 @@
+// Attention of few queries on packed rows, by simdgroup_matrix: for half and bfloat queries, where
+// the (query, head) rows of a KV head fill a matrix.
+//
+// Each simdgroup takes blocks of 32 tokens on its own, four tiles of eight:
+//  1. scores: tile of keys [8 tokens, 8 elements] times queries [8 elements, 8 rows]. A lane holds
+//     two elements of a matrix: it loads its part of its token's key and unpacks two codes at a
+//     time, as float16, straight into the matrix. Any order of the elements will do, as long as
+//     the queries have the same.
+//  2. softmax in the scores' own places: a lane has one token and two rows of each tile. What the
+//     maximum is matters little, so it is replaced only when a score exceeds it by far; then alone
+//     lanes exchange anything.
+//  3. values: tile of values [8 elements, 8 tokens] times weights [8 tokens, 8 rows], which are
+//     the scores' matrices again.
+// Codes are exact in float16. Queries are scaled by a power of two to suit it; weights, times the
+// scale of the value, are at most e^10 and mostly below e^2. Sums are float.
+//
+// Metal does not say which elements of a matrix a lane holds, so the kernel looks: it loads a
+// matrix of indices. It relies on one row and two neighbouring columns, which Apple's own kernels
+// (MLX) do too.
+#pragma once
+
+#include <metal_simdgroup_matrix>
+
+#include "attention_common.h"
+
+typedef simdgroup_matrix<half, 8, 8> KvqHalfMatrix;
+typedef simdgroup_matrix<float, 8, 8> KvqFloatMatrix;
+
+inline thread half2& kvq_elements(thread KvqHalfMatrix& m) {
+  return reinterpret_cast<thread half2&>(m.thread_elements());
+}
+inline thread float2& kvq_elements(thread KvqFloatMatrix& m) {
+  return reinterpret_cast<thread float2&>(m.thread_elements());
+}
+
+/// x += a c, y += b c.
+template <typename M>
+inline void kvq_multiply_pair(thread KvqFloatMatrix& x, thread KvqFloatMatrix& y, M a, M b, M c) {
+  simdgroup_multiply_accumulate(x, a, c, x);
+  simdgroup_multiply_accumulate(y, b, c, y);
+}
+
+/// How LANES lanes share a row of D elements: in chunks of which none lies in two groups.
+template <typename F, uint D, uint LANES>
+struct KvqMatrixShape {
+  KVQ_CONST uint kGroup = F::kGroup == 0 ? D : F::kGroup;           ///< elements that share a scale
+  KVQ_CONST uint kGroups = D / kGroup;                              ///< groups of a row
+  KVQ_CONST uint kChunk = kvq_power(kGroup / LANES, F::kMaxChunk);  ///< elements at a time
+  KVQ_CONST uint kTurns = kGroup / LANES / kChunk;                  ///< chunks of a lane in a group
+  KVQ_CONST uint kBytes = kChunk * F::kBits / 8;                    ///< bytes of a chunk
+  KVQ_CONST uint kWords = (kBytes + 3) / 4;                         ///< words of a chunk
+  /// From the first chunk of a lane to that of its turn u.
+  static inline uint turn(uint u) {
+    return F::template offset<kChunk>(u * LANES) - F::template offset<kChunk>(0);
+  }
+};
+
+/// A lane's part of a tile of packed rows: chunks of ROWS rows, and the scales of one.
+template <typename F, uint D, uint LANES, uint ROWS, bool ALIGNED>
+struct KvqMatrixTile {
+  typedef KvqMatrixShape<F, D, LANES> Shape;
+  typedef typename F::template Scales<D, ALIGNED> Scales;
+  KVQ_CONST uint kChunks = Shape::kGroups * Shape::kTurns;  ///< of a row
+  uint words[ROWS][kChunks][Shape::kWords];
+  uint scales[Scales::kWords];
+
+  /// `chunk` is where slot 0 has the lane's first chunk.
+  void load_codes(device const uchar* chunk, uint stride, uint slot, uint row) thread {
+    device const uchar* from = chunk + ulong(slot) * stride;
+    KVQ_UNROLL for (uint u = 0; u < kChunks; ++u) {
+      kvq_load<Shape::kBytes, kvq_alignment<F, ALIGNED>(Shape::kBytes)>(from + Shape::turn(u),
+                                                                        words[row][u]);
+    }
+  }
+  void load_scales(KvqRows rows, uint slot) thread {
+    const KvqRows from = rows.row(slot);
+    Scales::load(from.codes, from.scales, from.biases, scales);
+  }
+};
+
+/// Slots of token t and its neighbours.
+struct KvqSlots {
+  uint first, token, last;
+  bool whole;  ///< the block's slots are neighbours
+
+  uint at(thread const KvqTokens& tokens, uint i) const thread {
+    return whole ? first + i : kvq_slot(tokens, min(token + i, last));
+  }
+};
+inline KvqSlots kvq_slots(thread const KvqTokens& tokens, uint t, uint block) {
+  const uint last = tokens.end - 1, first = kvq_slot(tokens, min(t, last));
+  return {first, t, last, t + block <= tokens.end && first + block <= tokens.capacity};
+}
+
+/// Loads a lane's part of the keys of the block at token t: of each tile what token `row` has.
+template <uint TILES, typename Tile>
+inline void kvq_load_keys(thread Tile* key, thread const KvqTokens& tokens, uint t, KvqRows keys,
+                          device const uchar* chunk, uint row) {
+  const KvqSlots slots = kvq_slots(tokens, t, 8 * TILES);
+  KVQ_UNROLL for (uint i = 0; i < TILES; ++i) {
+    const uint slot = slots.at(tokens, 8 * i + row);
+    key[i].load_codes(chunk, keys.codes_token, slot, 0);
+    key[i].load_scales(keys, slot);
+  }
+}
+
+/// The same of the values: what tokens `column` and `column` + 1 have, and the scales of `row`.
+template <uint TILES, typename Tile>
+inline void kvq_load_values(thread Tile* value, thread const KvqTokens& tokens, uint t,
+                            KvqRows values, device const uchar* chunk, uint row, uint column) {
+  const KvqSlots slots = kvq_slots(tokens, t, 8 * TILES);
+  KVQ_UNROLL for (uint i = 0; i < TILES; ++i) {
+    KVQ_UNROLL for (uint k = 0; k < 2; ++k) {
+      value[i].load_codes(chunk, values.codes_token, slots.at(tokens, 8 * i + column + k), k);
+    }
+    value[i].load_scales(values, slots.at(tokens, 8 * i + row));
+  }
+}
+
+/// A maximum is replaced by one that exceeds it by this much...
+#define KVQ_MATRIX_RESCALE 10.0f
+/// ...and is then set this much below, so that smaller weights keep their bits in float16.
+#define KVQ_MATRIX_ROOM 2.0f
+
+/// Sums x over the eight tokens of a tile, for both columns. `scratch` has 64 floats; its lanes'
+/// elements do not overlap.
+inline float2 kvq_sum_tokens(float2 x, threadgroup float* scratch, uint row, uint column) {
+  simdgroup_barrier(mem_flags::mem_threadgroup);
+  scratch[row * 8 + column] = x.x;
+  scratch[row * 8 + column + 1] = x.y;
+  simdgroup_barrier(mem_flags::mem_threadgroup);
+  float2 sum = float2(0.0f);
+  for (uint i = 0; i < 64; i += 8) {
+    sum += float2(scratch[i + column], scratch[i + column + 1]);
+  }
+  return sum;
+}
+
+template <typename T, typename KF, typename VF, uint D, uint DV, uint R, bool ALIGNED>
+[[kernel, max_total_threads_per_threadgroup(KVQ_ATTENTION_THREADS)]] void kvq_attention_matrix(
+    KVQ_ATTENTION_BUFFERS(T), uint3 position [[threadgroup_position_in_grid]],
+    uint thread_index [[thread_index_in_threadgroup]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
+  typedef KvqMatrixTile<KF, D, 4, 1, ALIGNED> KeyTile;
+  typedef KvqMatrixTile<VF, DV, 8, 2, ALIGNED> ValueTile;
+  typedef typename KeyTile::Shape K;
+  typedef typename ValueTile::Shape V;
+  typedef typename KeyTile::Scales KScales;
+  typedef typename ValueTile::Scales VScales;
+  constexpr uint simdgroups = KVQ_ATTENTION_THREADS / 32;
+  constexpr uint tiles = 2;  // of tokens in a block
+  constexpr uint block = 8 * tiles;
+  constexpr uint columns = R / 8;               // matrices that hold the rows
+  threadgroup float rows[R * kvq_most(D, DV)];  // plain rows: queries, at the end sums
+  threadgroup float query_sum[K::kGroups * R];
+  threadgroup float query_factor[R], mean_score[R];
+  threadgroup uint row_first[R], row_last[R];
+  // What blocks that need a mask use: here it takes no registers.
+  threadgroup long mask_row[R], mask_origin[1];
+  threadgroup KvqShaping shaping[1];
+  threadgroup float scratch[simdgroups][64];
+  threadgroup float group_m[simdgroups][R], group_l[simdgroups][R];
+  threadgroup float row_m[R], row_l[R];
+  // One codebook may serve both.
+  constexpr uint v_entries = VF::kTable == KF::kTable ? 0 : VF::kHalfTable * VF::kCopies;
+  threadgroup uint tables[kvq_most(KF::kHalfTable * KF::kCopies + v_entries, 1)];
+  threadgroup half places[64];
+
+  const uint split = position.x, first_row = position.y * R;
+  const uint batch = position.z / p.groups, group = position.z % p.groups;
+  const uint repeat = p.heads / p.groups, all_rows = p.queries * repeat;
+  const long length = kvq_bound(kv_length, p.kv_length, batch);
+  const KvqSpan span = kvq_row_span(p, length, kvq_bound(kv_start, p.kv_start, batch),
+                                    kvq_bound(kv_end, p.kv_end, batch));
+  const KvqTokens tokens =
+      kvq_tokens(p, span, length, first_row / repeat, (min(first_row + R, all_rows) - 1) / repeat,
+                 split, block * simdgroups);
+
+  // Queries, rotated. Rows past the last repeat it; they are not written out.
+  threadgroup uint* own_table = tables + (v_entries == 0 ? 0 : KF::kHalfTable * KF::kCopies);
+  kvq_fill_half_table<KF>(tables, thread_index);
+  if (v_entries > 0) kvq_fill_half_table<VF>(own_table, thread_index);
+  threadgroup const uint* k_table = tables + lane % KF::kCopies;
+  threadgroup const uint* v_table = own_table + lane % VF::kCopies;
+  if (thread_index < 64) places[thread_index] = half(thread_index);
+  for (uint i = thread_index; i < R * D; i += KVQ_ATTENTION_THREADS) {
+    const KvqRow row = kvq_row(p, group, min(first_row + i / D, all_rows - 1));
+    const long from = long(batch) * p.query_batch + long(row.head) * p.query_head +
+                      long(row.query) * p.query_token;
+    rows[i] = float(query[from + i % D]);
+  }
+  if (thread_index < R) {
+    const KvqRow row = kvq_row(p, group, min(first_row + thread_index, all_rows - 1));
+    const KvqSpan seen = kvq_query_span(p, span, length, row.query);
+    row_first[thread_index] = uint(clamp(seen.first - tokens.first, 0l, long(tokens.count)));
+    row_last[thread_index] = uint(clamp(seen.last - tokens.first, 0l, long(tokens.count)));
+    mask_row[thread_index] = kvq_mask_row(p, batch, row);
+    mask_origin[0] = kvq_mask_origin(p, tokens, length);
+    shaping[0] = kvq_shaping(p);
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  for (uint r = simdgroup; r < R; r += simdgroups) {
+    float sum = 0.0f;
+    if (p.k.centred != 0) {
+      for (uint d = lane; d < D; d += 32) sum += rows[r * D + d] * k_mean[ulong(group) * D + d];
+    }
+    sum = simd_sum(sum);
+    if (lane == 0) mean_score[r] = p.scale * sum;
+  }
+  if (p.k.rotated != 0) {
+    kvq_rotate(rows, D, R, k_signs, false, thread_index);
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+  }
+  for (uint r = simdgroup; r < R; r += simdgroups) {
+    float highest = 0.0f;
+    for (uint d = lane; d < D; d += 32) highest = max(highest, fabs(rows[r * D + d]));
+    // A power of two that brings the largest element to [2^4, 2^5).
+    const uint exponent = clamp(as_type<uint>(simd_max(highest)) >> 23, 10u, 250u);
+    if (lane == 0) query_factor[r] = as_type<float>((258u - exponent) << 23);
+    KVQ_UNROLL for (uint g = 0; g < K::kGroups; ++g) {
+      float sum = 0.0f;
+      if (KF::kBiased) {
+        for (uint d = lane; d < K::kGroup; d += 32) sum += rows[r * D + g * K::kGroup + d];
+        sum = simd_sum(sum);
+      }
+      if (lane == 0) query_sum[g * R + r] = sum * query_factor[r];
+    }
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+
+  // This lane's place in a matrix.
+  KvqHalfMatrix place;
+  simdgroup_load(place, places, 8);
+  const uint at = uint(kvq_elements(place).x), row = at / 8, column = at % 8;
+
+  // Element i of the products is this one of a token's key: chunk row / 2 of four, pair i.
+  KvqHalfMatrix q[D / 8][columns];
+  float2 factor[columns], q_sum[K::kGroups][columns];
+  KVQ_UNROLL for (uint c = 0; c < columns; ++c) {
+    const uint r = 8 * c + column;
+    KVQ_UNROLL for (uint i = 0; i < D / 8; ++i) {
+      constexpr uint pairs = K::kChunk / 2;
+      const uint d = KF::template element<K::kChunk>(
+          i / pairs * 4 + row / 2, KF::template pair_element<K::kChunk>(i % pairs, row % 2));
+      kvq_elements(q[i][c]) = half2(half(rows[r * D + d] * query_factor[r]),
+                                    half(rows[r * D + D + d] * query_factor[r + 1]));
+    }
+    factor[c] = p.scale / float2(query_factor[r], query_factor[r + 1]);
+    KVQ_UNROLL for (uint g = 0; g < K::kGroups; ++g) {
+      q_sum[g][c] = float2(query_sum[g * R + r], query_sum[g * R + r + 1]);
+    }
+  }
+
+  // Blocks in [plain_first, plain_last) need no mask of any kind.
+  uint plain_first = 0, plain_last = tokens.end;
+  KVQ_UNROLL for (uint r = 0; r < R; ++r) {
+    plain_first = max(plain_first, row_first[r]);
+    plain_last = min(plain_last, row_last[r]);
+  }
+  if (p.softcap > 0.0f || p.mask_kind != KVQ_MASK_NONE) plain_last = 0;
+  const uint magic = kvq_half_magic(p.magic);
+  const KvqRows keys = kvq_rows(p.k, k_codes, k_scales, k_biases, batch, group);
+  const KvqRows values = kvq_rows(p.v, v_codes, v_scales, v_biases, batch, group);
+
+  device const uchar* key_chunk = keys.codes + KF::template offset<K::kChunk>(column / 2);
+  device const uchar* value_chunk = values.codes + VF::template offset<V::kChunk>(row);
+
+  KvqFloatMatrix o[DV / 8][columns];
+  float2 m[columns], l[columns], o_bias[V::kGroups][columns];
+  KVQ_UNROLL for (uint c = 0; c < columns; ++c) {
+    m[c] = float2(KVQ_LOWEST);
+    l[c] = float2(0.0f);
+    KVQ_UNROLL for (uint g = 0; g < V::kGroups; ++g) o_bias[g][c] = float2(0.0f);
+    KVQ_UNROLL for (uint i = 0; i < DV / 8; ++i) o[i][c] =
+        make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+  }
+
+  // Packed rows are loaded a block ahead.
+  KeyTile key[tiles];
+  ValueTile value[tiles];
+  constexpr uint step = simdgroups * block;
+  if (tokens.begin < tokens.end) {
+    const uint t = tokens.begin + simdgroup * block;
+    kvq_load_keys<tiles>(key, tokens, t, keys, key_chunk, row);
+    kvq_load_values<tiles>(value, tokens, t, values, value_chunk, row, column);
+  }
+  for (uint t = tokens.begin + simdgroup * block; t < tokens.end; t += step) {
+    KeyTile next_key[tiles];
+    ValueTile next_value[tiles];
+    kvq_load_keys<tiles>(next_key, tokens, t + step, keys, key_chunk, row);
+    kvq_load_values<tiles>(next_value, tokens, t + step, values, value_chunk, row, column);
+
+    // 1. Scores of token t + 8 i + row.
+    float2 score[tiles][columns];
+    KVQ_UNROLL for (uint i = 0; i < tiles; i += 2) {
+      KVQ_UNROLL for (uint c = 0; c < columns; ++c) score[i][c] = score[i + 1][c] = float2(0.0f);
+      KVQ_UNROLL for (uint g = 0; g < K::kGroups; ++g) {
+        KvqFloatMatrix sum[2][columns];
+        KVQ_UNROLL for (uint c = 0; c < columns; ++c) sum[0][c] = sum[1][c] =
+            make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+        KVQ_UNROLL for (uint u = g * K::kTurns; u < (g + 1) * K::kTurns; ++u) {
+          half2 pairs[2][K::kChunk / 2];
+          KF::template pairs<K::kChunk>(key[i].words[0][u], k_table, magic, pairs[0]);
+          KF::template pairs<K::kChunk>(key[i + 1].words[0][u], k_table, magic, pairs[1]);
+          KVQ_UNROLL for (uint j = 0; j < K::kChunk / 2; ++j) {
+            KvqHalfMatrix a[2];
+            kvq_elements(a[0]) = pairs[0][j];
+            kvq_elements(a[1]) = pairs[1][j];
+            KVQ_UNROLL for (uint c = 0; c < columns; ++c) {
+              kvq_multiply_pair(sum[0][c], sum[1][c], a[0], a[1], q[u * (K::kChunk / 2) + j][c]);
+            }
+          }
+        }
+        KVQ_UNROLL for (uint k = 0; k < 2; ++k) {
+          const float2 scale = KScales::get(key[i + k].scales, g);
+          KVQ_UNROLL for (uint c = 0; c < columns; ++c) {
+            score[i + k][c] += scale.x * kvq_elements(sum[k][c]);
+            if (KF::kBiased) score[i + k][c] += scale.y * q_sum[g][c];
+          }
+        }
+      }
+      KVQ_UNROLL for (uint c = 0; c < columns; ++c) {
+        score[i][c] *= factor[c];
+        score[i + 1][c] *= factor[c];
+      }
+    }
+
+    // 2. Softmax.
+    uint seen = ~0u;  // bit (i * columns + c) * 2 + k: row 8 c + column + k sees the token
+    const bool plain = t >= plain_first && t + block <= plain_last;
+    if (!plain) {
+      seen = 0;
+      const KvqShaping shape = {shaping[0].softcap, shaping[0].mask_kind, shaping[0].mask_columns,
+                                shaping[0].mask_column};
+      for (uint n = 0; n < tiles * columns * 2; ++n) {
+        const uint token = t + n / (2 * columns) * 8 + row;
+        const uint r = n / 2 % columns * 8 + column + n % 2;
+        bool visible = token < tokens.end && token >= row_first[r] && token < row_last[r];
+        float s = 0.0f;
+        KVQ_UNROLL for (uint i = 0; i < tiles * columns * 2; ++i) {
+          s = i == n ? score[i / (2 * columns)][i / 2 % columns][i % 2] : s;
+        }
+        // The mean's share is the same for all tokens: here it counts, and at the end.
+        s = kvq_finish_score(shape, mask, mask_row[r],
+                             mask_origin[0] + long(min(token, tokens.end - 1)), s + mean_score[r],
+                             visible) -
+            mean_score[r];
+        KVQ_UNROLL for (uint i = 0; i < tiles * columns * 2; ++i) {
+          const float old = score[i / (2 * columns)][i / 2 % columns][i % 2];
+          score[i / (2 * columns)][i / 2 % columns][i % 2] = i == n ? s : old;
+        }
+        seen |= visible ? 1u << n : 0u;
+      }
+    }
+    // A weight times the scale of its value must fit float16: the maximum is of both.
+    float2 highest[columns];
+    bool grows = false;
+    KVQ_UNROLL for (uint c = 0; c < columns; ++c) highest[c] = float2(KVQ_LOWEST);
+    KVQ_UNROLL for (uint i = 0; i < tiles; ++i) {
+      float scale = 1e-30f;
+      KVQ_UNROLL for (uint g = 0; g < V::kGroups; ++g) {
+        scale = max(scale, fabs(VScales::get(value[i].scales, g).x));
+      }
+      scale = log(scale);
+      KVQ_UNROLL for (uint c = 0; c < columns; ++c) {
+        KVQ_UNROLL for (uint k = 0; k < 2; ++k) {
+          const bool visible = plain || (seen >> ((i * columns + c) * 2 + k) & 1) != 0;
+          highest[c][k] = max(highest[c][k], visible ? score[i][c][k] + scale : KVQ_LOWEST);
+        }
+      }
+    }
+    KVQ_UNROLL for (uint c = 0; c < columns; ++c) {
+      grows = grows || highest[c].x > m[c].x + KVQ_MATRIX_RESCALE ||
+              highest[c].y > m[c].y + KVQ_MATRIX_RESCALE;
+    }
+    if (simd_any(grows)) {
+      KVQ_UNROLL for (uint c = 0; c < columns; ++c) {
+        threadgroup float* all = scratch[simdgroup];
+        simdgroup_barrier(mem_flags::mem_threadgroup);
+        all[row * 8 + column] = highest[c].x;
+        all[row * 8 + column + 1] = highest[c].y;
+        simdgroup_barrier(mem_flags::mem_threadgroup);
+        float2 kept;
+        KVQ_UNROLL for (uint k = 0; k < 2; ++k) {
+          float top = all[column + k];
+          for (uint i = 8; i < 64; i += 8) top = max(top, all[i + column + k]);
+          const float next = top > m[c][k] + KVQ_MATRIX_RESCALE ? top - KVQ_MATRIX_ROOM : m[c][k];
+          kept[k] = kvq_exp(m[c][k] - next);
+          m[c][k] = next;
+        }
+        l[c] *= kept;
+        KVQ_UNROLL for (uint g = 0; g < V::kGroups; ++g) o_bias[g][c] *= kept;
+        KVQ_UNROLL for (uint i = 0; i < DV / 8; ++i) kvq_elements(o[i][c]) *= kept;
+      }
+    }
+
+    // 3. Values.
+    KVQ_UNROLL for (uint i = 0; i < tiles; ++i) {
+      KvqHalfMatrix weight[V::kGroups][columns];
+      KVQ_UNROLL for (uint c = 0; c < columns; ++c) {
+        const float2 above = score[i][c] - m[c];
+        float2 w = float2(kvq_exp(above.x), kvq_exp(above.y));
+        const uint bits = seen >> ((i * columns + c) * 2);
+        w = float2(plain || (bits & 1) != 0 ? w.x : 0.0f, plain || (bits & 2) != 0 ? w.y : 0.0f);
+        l[c] += w;
+        KVQ_UNROLL for (uint g = 0; g < V::kGroups; ++g) {
+          const float2 scale = VScales::get(value[i].scales, g);
+          if (VF::kBiased) o_bias[g][c] += w * scale.y;
+          kvq_elements(weight[g][c]) = half2(w * scale.x);
+        }
+      }
+      KVQ_UNROLL for (uint u = 0; u < V::kGroups * V::kTurns; ++u) {
+        half2 pairs[V::kChunk];
+        VF::template columns<V::kChunk>(value[i].words[0][u], value[i].words[1][u], v_table, magic,
+                                        pairs);
+        KVQ_UNROLL for (uint j = 0; j < V::kChunk; j += 2) {
+          KvqHalfMatrix a[2];
+          kvq_elements(a[0]) = pairs[j];
+          kvq_elements(a[1]) = pairs[j + 1];
+          KVQ_UNROLL for (uint c = 0; c < columns; ++c) {
+            kvq_multiply_pair(o[u * V::kChunk + j][c], o[u * V::kChunk + j + 1][c], a[0], a[1],
+                              weight[u / V::kTurns][c]);
+          }
+        }
+      }
+    }
+    KVQ_UNROLL for (uint i = 0; i < tiles; ++i) {
+      key[i] = next_key[i];
+      value[i] = next_value[i];
+    }
+  }
+
+  // Sum over the simdgroups, in turn, into plain rows.
+  KVQ_UNROLL for (uint c = 0; c < columns; ++c) {
+    l[c] = kvq_sum_tokens(l[c], scratch[simdgroup], row, column);
+    KVQ_UNROLL for (uint g = 0; g < V::kGroups; ++g) {
+      if (VF::kBiased) {
+        o_bias[g][c] = kvq_sum_tokens(o_bias[g][c], scratch[simdgroup], row, column);
+      }
+    }
+    if (row == 0) {
+      KVQ_UNROLL for (uint k = 0; k < 2; ++k) {
+        group_m[simdgroup][8 * c + column + k] = m[c][k];
+        group_l[simdgroup][8 * c + column + k] = l[c][k];
+      }
+    }
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  if (thread_index < R) {
+    float highest = KVQ_LOWEST, sum = 0.0f;
+    for (uint s = 0; s < simdgroups; ++s) highest = max(highest, group_m[s][thread_index]);
+    for (uint s = 0; s < simdgroups; ++s) {
+      sum += group_l[s][thread_index] * kvq_exp(group_m[s][thread_index] - highest);
+    }
+    row_m[thread_index] = highest + mean_score[thread_index];
+    row_l[thread_index] = sum;
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  for (uint s = 0; s < simdgroups; ++s) {
+    if (s == simdgroup) {
+      KVQ_UNROLL for (uint c = 0; c < columns; ++c) {
+        KVQ_UNROLL for (uint k = 0; k < 2; ++k) {
+          const uint r = 8 * c + column + k;
+          const float kept = kvq_exp(m[c][k] + mean_score[r] - row_m[r]);
+          KVQ_UNROLL for (uint i = 0; i < DV / 8; ++i) {
+            const uint u = i / V::kChunk;
+            const uint d = VF::template element<V::kChunk>(u * 8 + row, i % V::kChunk);
+            float x = kvq_elements(o[i][c])[k];
+            if (VF::kBiased) x += o_bias[u / V::kTurns][c][k];
+            rows[r * DV + d] = s == 0 ? x * kept : rows[r * DV + d] + x * kept;
+          }
+        }
+      }
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+  }
+  kvq_write_rows<T, DV>(p, rows, row_m, row_l, R, first_row, batch, group, split, sinks, v_signs,
+                        v_mean, out, lse, partial, thread_index);
+}
