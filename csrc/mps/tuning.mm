@@ -2,6 +2,7 @@
 
 #include <c10/util/Exception.h>
 
+#include <charconv>
 #include <cstdlib>
 #include <fstream>
 #include <mutex>
@@ -48,6 +49,16 @@ State& state() {
   return state;
 }
 
+/// Takes a number and what must follow it from the front of `text`.
+bool take(std::string_view& text, int64_t& number, std::string_view separator) {
+  const char* end = text.data() + text.size();
+  const auto [rest, error] = std::from_chars(text.data(), end, number);
+  text.remove_prefix(rest - text.data());
+  if (error != std::errc() || !text.starts_with(separator)) return false;
+  text.remove_prefix(separator.size());
+  return true;
+}
+
 }  // namespace
 
 std::optional<std::string> parse_tuning(std::string_view text, TuningTable& table) {
@@ -57,12 +68,11 @@ std::optional<std::string> parse_tuning(std::string_view text, TuningTable& tabl
     std::istringstream words(line.substr(0, line.find('#')));
     for (std::string word; words >> word;) {
       AttentionTuning entry{};
-      char colon = 0, comma = 0, second = 0, third = 0, more = 0;
-      std::istringstream fields(word);
-      fields >> entry.rows >> colon >> entry.tile >> comma >> entry.threadgroups >> second >>
-          entry.split_tokens >> third >> entry.matrix;
-      const bool well_formed = !fields.fail() && colon == ':' && comma == ',' && second == ',' &&
-                               third == ',' && !(fields >> more);
+      std::string_view rest = word;
+      const bool well_formed = take(rest, entry.rows, ":") && take(rest, entry.tile, ",") &&
+                               take(rest, entry.threadgroups, ",") &&
+                               take(rest, entry.split_tokens, ",") &&
+                               take(rest, entry.matrix, "") && rest.empty();
       const bool known_tile = entry.tile >= 0 && entry.tile <= 8 &&
                               (entry.tile & (entry.tile - 1)) == 0 &&
                               (entry.matrix == 0 || entry.matrix == 8 || entry.matrix == 16);
