@@ -89,10 +89,12 @@ def run(model: Any, cache: Any, tokens: int) -> None:
     """A prompt of ``tokens`` tokens in one pass, and NEW_TOKENS greedy steps."""
     import torch
 
+    from torch_kvq.hf import CACHE_ARGUMENT
+
     ids = torch.randint(2, 250, (1, tokens), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         for _ in range(NEW_TOKENS + 1):
-            out = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            out = model(ids, **{CACHE_ARGUMENT: cache}, use_cache=True, logits_to_keep=1)
             ids = out.logits[:, -1:].argmax(-1)
             del out
 

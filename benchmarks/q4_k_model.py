@@ -30,7 +30,7 @@ from torch_kvq import Q4KLinear
 from torch_kvq.cli import models
 from torch_kvq.cli.quality import QualityMeter
 from torch_kvq.cli.terminal import table
-from torch_kvq.hf import KVQCache
+from torch_kvq.hf import CACHE_ARGUMENT, KVQCache
 
 ROOT = Path(__file__).resolve().parents[1]
 DENSE = "dense"
@@ -69,17 +69,17 @@ class Variant:
         """[N, vocabulary]; one token first, or a prefill would attend to exact keys and values."""
         cache = self.new_cache()
         chunks = [ids[:1], *ids[1:].split(CHUNK)]
-        step = lambda c: self.model(c[None], past_key_values=cache, use_cache=True)  # noqa: E731
+        step = lambda c: self.model(c[None], **{CACHE_ARGUMENT: cache}, use_cache=True)  # noqa: E731
         return torch.cat([step(c).logits[0].float() for c in chunks])
 
     def decode(self, prompt: torch.Tensor, tokens: int) -> tuple[float, int]:
         """Tokens per second after the prompt, and the cache's bytes at the end."""
         cache = self.new_cache()
-        out = self.model(prompt[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        out = self.model(prompt[None], **{CACHE_ARGUMENT: cache}, use_cache=True, logits_to_keep=1)
         began = time.perf_counter()
         for _ in range(tokens):
             token = out.logits[:, -1].argmax(-1, keepdim=True)
-            out = self.model(token, past_key_values=cache, use_cache=True)
+            out = self.model(token, **{CACHE_ARGUMENT: cache}, use_cache=True)
         seconds = time.perf_counter() - began
         return tokens / seconds, cache_bytes(cache)
 

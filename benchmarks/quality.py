@@ -33,7 +33,7 @@ from torch_kvq.cli import models
 from torch_kvq.cli.quality import Quality, QualityMeter
 from torch_kvq.cli.terminal import Progress, table
 from torch_kvq.formats import KVFormat
-from torch_kvq.hf import KVQCache, fit_group
+from torch_kvq.hf import CACHE_ARGUMENT, KVQCache, fit_group
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "quality.json"
@@ -76,7 +76,7 @@ def replaced_logits(model: Any, ids: torch.Tensor, name: str | None) -> torch.Te
     layers = model.config.num_hidden_layers
     cache = Cache(layers=[QdqLayer(name) if name else DynamicLayer() for _ in range(layers)])
     model.set_attn_implementation("sdpa")
-    return model(ids[None], past_key_values=cache, use_cache=True).logits[0]
+    return model(ids[None], **{CACHE_ARGUMENT: cache}, use_cache=True).logits[0]
 
 
 def packed_logits(model: Any, ids: torch.Tensor, name: str) -> torch.Tensor:
@@ -85,7 +85,7 @@ def packed_logits(model: Any, ids: torch.Tensor, name: str) -> torch.Tensor:
     cache = KVQCache(model.config, k_format, v_format or None, scale_dtype=SCALES)
     model.set_attn_implementation("kvq")
     chunks = [ids[:1], *ids[1:].split(32)]
-    outputs = [model(c[None], past_key_values=cache, use_cache=True).logits[0] for c in chunks]
+    outputs = [model(c[None], **{CACHE_ARGUMENT: cache}, use_cache=True).logits[0] for c in chunks]
     return torch.cat(outputs)
 
 

@@ -167,9 +167,12 @@ class ModelSteps:
     def __init__(self, kind: str, args: argparse.Namespace) -> None:
         from transformers import AutoModelForCausalLM
 
+        from torch_kvq.hf import CACHE_ARGUMENT
+
         dtype = torch.float32 if kind == "dynamic-fp32" else torch.bfloat16
         path = model_path(args.model)
         self.model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
+        self.argument = CACHE_ARGUMENT
         self.model.set_attn_implementation("kvq" if kind == "ours" else "sdpa")
         self.cache = self.make_cache(kind, args)
         generator = torch.Generator().manual_seed(0)
@@ -177,7 +180,7 @@ class ModelSteps:
         self.prompt = torch.randint(vocabulary, (1, args.tokens), generator=generator)
         with torch.no_grad():
             self.logits = self.model(
-                self.prompt, past_key_values=self.cache, use_cache=True, logits_to_keep=1
+                self.prompt, **{self.argument: self.cache}, use_cache=True, logits_to_keep=1
             ).logits
         self.token = self.prompt[:, -1:]
 
@@ -198,7 +201,7 @@ class ModelSteps:
 
     def step(self, turn: int = 0) -> torch.Tensor:
         with torch.no_grad():
-            out = self.model(self.token, past_key_values=self.cache, use_cache=True)
+            out = self.model(self.token, **{self.argument: self.cache}, use_cache=True)
         return out.logits
 
     def attention_share(self, steps: int = 10) -> float:

@@ -213,13 +213,15 @@ def generate(
     loaded: LoadedModel, inputs: dict, name: str, new_tokens: int, progress: Progress
 ) -> Generated:
     """Greedy text. Speed is that of the median decode step."""
+    from torch_kvq.hf import CACHE_ARGUMENT
+
     model, tokenizer = loaded.model, loaded.tokenizer
     model.set_attn_implementation("sdpa" if name == DENSE else "kvq")
     watch = _Stopwatch(progress)
     pad = tokenizer.pad_token_id
     out = model.generate(
         **inputs,
-        past_key_values=make_cache(loaded, name),
+        **{CACHE_ARGUMENT: make_cache(loaded, name)},
         use_cache=True,  # some checkpoints' generation_config says false
         max_new_tokens=new_tokens,
         do_sample=False,
@@ -242,6 +244,8 @@ def compare(
     loaded: LoadedModel, windows: Sequence[torch.Tensor], names: Sequence[str], progress: Progress
 ) -> tuple[dict[str, Quality], dict[str, Memory]]:
     """Teacher-forced through every cache at once; the memory is that of the first window."""
+    from torch_kvq.hf import CACHE_ARGUMENT
+
     model = loaded.model
     model.set_attn_implementation("kvq")  # reads a dense cache too, through sdpa
     meters = {name: QualityMeter() for name in names}
@@ -256,7 +260,7 @@ def compare(
             targets = window[first + 1 : last + 1]
             exact = None
             for name, cache in caches.items():
-                logits = model(ids, past_key_values=cache, use_cache=True).logits[0]
+                logits = model(ids, **{CACHE_ARGUMENT: cache}, use_cache=True).logits[0]
                 exact = logits if exact is None else exact
                 meters[name].add(exact, logits, targets)
                 progress.advance()
