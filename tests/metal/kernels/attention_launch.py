@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
+import os
 import subprocess
 from pathlib import Path
 
@@ -73,7 +74,7 @@ def _composer() -> ctypes.CDLL:
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         command = [requirements.clang(), "-std=c++20", "-shared", "-fPIC", "-I", str(ROOT)]
-        scratch = path.with_suffix(".tmp")
+        scratch = path.with_suffix(f".{os.getpid()}.tmp")  # workers may meet here
         subprocess.run(
             [*command, "-x", "c++", "-", "-o", scratch], input=_COMPOSER, text=True, check=True
         )
