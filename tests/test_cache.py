@@ -123,6 +123,21 @@ def test_a_chunk_longer_than_the_ring_sees_its_whole_window(kind, device):
         cache.attend(query.to(device))
 
 
+@pytest.mark.parametrize("capacity", [None, 64])
+def test_a_chunk_longer_than_the_ring_sees_its_recent_tokens_exact(capacity, device):
+    """As a cache that keeps every token packed, with the same recent ones exact."""
+    ring = make(device, window=8, rollback_tokens=6, capacity=capacity, recent_tokens=5)
+    everything = make(device, recent_tokens=5)
+    for number, count in enumerate((4, 17, 12, 1)):
+        key, value = tokens(count, number), tokens(count, 10 + number)
+        views = [append(cache, key, value) for cache in (ring, everything)]
+        query = tokens(count, 20 + number, heads=H).to(device)
+        out = ring.attend(query, views[0])
+        expected = everything.attend(query, views[1], window=8)
+        torch.testing.assert_close(out, expected, rtol=2e-5, atol=2e-6)
+    assert ring.length == 34 and ring.capacity == 14
+
+
 def random_edits(draw_steps, limit: int):
     """(appended count, cropped count) pairs that a cache of these limits accepts."""
     return st.lists(

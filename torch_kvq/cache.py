@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -295,7 +295,22 @@ class QuantizedKVCache(nn.Module):
             return KVView(
                 Packed(key, empty, empty), Packed(value, empty, empty), tokens, tokens, fresh=True
             )
-        return overflow or self.view(tokens)
+        return self.view(tokens) if overflow is None else self._with_windows(overflow)
+
+    def _with_windows(self, view: KVView) -> KVView:
+        """A linear view, decoded, with the recent tokens exact.
+
+        Such a view counts from its own first token, the window's slots from the sequence's.
+        """
+        if not self.recent_tokens:  # sink_tokens exclude a ring
+            return view
+        rows = view.keys.codes.shape[2]
+        first = (self.lengths.max() if self.static else self.length) - rows
+        key, value = (self.dense(side, first, rows, view) for side in "kv")
+        empty = key.new_empty(*key.shape[:3], 0)
+        return replace(
+            view, keys=Packed(key, empty, empty), values=Packed(value, empty, empty), fresh=True
+        )
 
     def view(self, tokens: int = 1) -> KVView:
         """The whole packed cache, for queries of its last ``tokens`` tokens."""
@@ -497,9 +512,8 @@ class QuantizedKVCache(nn.Module):
             "window": self.window if window is None else window,
         }
         if view.fresh:
-            out = ops.attention(
-                query, view.keys, view.values, view.length, _NONE, _NONE, sinks=sinks, **common
-            )
+            dense = view.keys, view.values, view.length, _NONE, _NONE
+            out = ops.attention(query, *dense, sinks=sinks, kv_start=view.start, **common)
             return out if return_lse else out[0]
         if view.ring and self._overwrites_windows(query.shape[2], appended=True):
             raise ValueError(

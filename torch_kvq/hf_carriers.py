@@ -120,7 +120,8 @@ class KVQProxy(KVQHandle):
             return self._like(self.mask_sizes[0], 1, True)
         if len(index) == 4 and isinstance(index[2], slice) and self.view.fresh:
             part = index[2]
-            if part.start is part.step is None and part.stop == self.view.tokens:
+            whole = self.view.tokens == self.view.keys.codes.shape[2]
+            if whole and part.start is part.step is None and part.stop == self.view.tokens:
                 return self._like(self.view.tokens, self.repeats, False)
         return None
 

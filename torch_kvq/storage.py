@@ -24,7 +24,7 @@ class KVView:
     #: newest tokens appended by this call, L
     tokens: int
     ring: bool = False
-    #: the tokens as they came in, unquantised: a prefill into an empty cache
+    #: keys and values are plain tensors: a prefill into an empty cache, or decoded tokens
     fresh: bool = False
     #: first valid position, int64 [B]
     start: torch.Tensor | None = None
