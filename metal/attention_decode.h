@@ -285,6 +285,15 @@ template <typename T, typename KF, typename VF, uint D, uint DV, uint R, bool AL
         scale[u] =
             VF::template scale_bias<V::kChunk>(value.codes, value.scales, value.biases, v_chunk);
       }
+      if (t + 32 > tokens.end) {
+        // Tokens past the end repeat the last one: 0 times its infinity would be NaN.
+        KVQ_UNROLL for (uint u = 0; u < V::kInFlight; ++u) {
+          if (t + j + u * V::kRows + v_row >= tokens.end) {
+            KVQ_UNROLL for (uint i = 0; i < V::kWords; ++i) words[u][i] = 0;
+            scale[u] = float2(0.0f);
+          }
+        }
+      }
       KVQ_UNROLL for (uint u = 0; u < V::kInFlight; ++u) {
         const uint row = j + u * V::kRows + v_row;
         const bool counts = V::kRows * V::kLanes == 32 && 32 % (V::kRows * V::kInFlight) == 0

@@ -76,6 +76,12 @@ struct KvqMatrixTile {
     const KvqRows from = rows.row(slot);
     Scales::load(from.codes, from.scales, from.biases, scales);
   }
+  void clear_codes(uint row) thread {
+    KVQ_UNROLL for (uint u = 0; u < kChunks; ++u) {
+      KVQ_UNROLL for (uint i = 0; i < Shape::kWords; ++i) words[row][u][i] = 0;
+    }
+  }
+  void clear_scales() thread { KVQ_UNROLL for (uint i = 0; i < Scales::kWords; ++i) scales[i] = 0; }
 };
 
 /// Slots of token t and its neighbours.
@@ -394,7 +400,15 @@ template <typename T, typename KF, typename VF, uint D, uint DV, uint R, bool AL
       }
     }
 
-    // 3. Values.
+    // 3. Values. Tokens past the end repeat the last one: 0 times its infinity would be NaN.
+    if (t + block > tokens.end) {
+      KVQ_UNROLL for (uint i = 0; i < tiles; ++i) {
+        KVQ_UNROLL for (uint k = 0; k < 2; ++k) {
+          if (t + 8 * i + column + k >= tokens.end) value[i].clear_codes(k);
+        }
+        if (t + 8 * i + row >= tokens.end) value[i].clear_scales();
+      }
+    }
     KVQ_UNROLL for (uint i = 0; i < tiles; ++i) {
       KvqHalfMatrix weight[V::kGroups][columns];
       KVQ_UNROLL for (uint c = 0; c < columns; ++c) {

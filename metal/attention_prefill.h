@@ -17,14 +17,14 @@
 /// largest error of float attention; float16 and bfloat16 lose more by rounding their operands.
 #define KVQ_SUMMED_IN_A_ROW 32
 
-/// float to T for a tile; a finite value too large for float16 saturates, NaN stays.
+/// float to T for a tile; a finite value too large for float16 saturates, NaN and infinity stay.
 template <typename T>
 inline T kvq_narrow(float x) {
   return T(x);
 }
 template <>
 inline half kvq_narrow<half>(float x) {
-  return half(x > 65504.0f ? 65504.0f : x < -65504.0f ? -65504.0f : x);
+  return half(fabs(x) < INFINITY ? clamp(x, -65504.0f, 65504.0f) : x);
 }
 
 /// Dequantises tokens [t, t + TOKENS) of one head to tile[TOKENS][STRIDE]; zeros past the end.

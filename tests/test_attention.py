@@ -490,7 +490,7 @@ def test_nan_is_never_hidden(device, fmt, where, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
-@pytest.mark.parametrize("queries", [1, 90])
+@pytest.mark.parametrize("queries", [1, 3, 90])
 @pytest.mark.parametrize("name", ["fp8_e4m3", "fp8_e5m2"])
 def test_every_fp8_code(device, name, queries, dtype):
     """Codes that no encoder writes too: NaN and infinity decode to themselves."""
@@ -511,6 +511,19 @@ def test_every_fp8_code(device, name, queries, dtype):
         out = out[0, 0].float()
         assert torch.equal(out.isnan(), want.isnan())
         assert torch.equal(out.nan_to_num(0, 1e9, -1e9), want.nan_to_num(0, 1e9, -1e9))
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("queries", [1, 3, 90])
+def test_infinite_value(device, queries, dtype):
+    """A value that is infinite makes outputs infinite, not NaN, wherever it stands in the cache."""
+    for slot in (0, 63, 126):
+        case = make(KVFormat("none"), queries=queries, causal=False, dtype=dtype)
+        case.values.codes.view(dtype)[:, :, slot, 5] = -math.inf
+        out, _ = case.run(device)
+        assert (out[..., 5] == -math.inf).all()
+        out[..., 5] = 0
+        assert out.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
