@@ -1,42 +1,8 @@
 // TurboQuant: a rotated vector as Lloyd-Max codes and one norm (reference._encode_turboquant).
 #pragma once
 
-#include "../csrc/shared/codebooks.h"
+#include "../csrc/shared/codebook.h"
 #include "common.h"
-
-inline constant float* codebook_of(int bits) {
-  switch (bits) {
-    case 2:
-      return kvq_codebook_2;
-    case 3:
-      return kvq_codebook_3;
-    case 4:
-      return kvq_codebook_4;
-    case 5:
-      return kvq_codebook_5;
-    case 6:
-      return kvq_codebook_6;
-    default:
-      return kvq_codebook_8;
-  }
-}
-
-inline constant float* boundaries_of(int bits) {
-  switch (bits) {
-    case 2:
-      return kvq_boundaries_2;
-    case 3:
-      return kvq_boundaries_3;
-    case 4:
-      return kvq_boundaries_4;
-    case 5:
-      return kvq_boundaries_5;
-    case 6:
-      return kvq_boundaries_6;
-    default:
-      return kvq_boundaries_8;
-  }
-}
 
 struct TurboQuant {
   /// Sum of the rows' values or their squares, of the lane's vector, in the order that
@@ -91,7 +57,7 @@ struct TurboQuant {
     const float divisor = norm == 0.0f ? 1.0f : norm;
     const bool plain = is_plain_divisor(divisor);
     const float inverse = 1.0f / divisor;
-    constant float* edges = boundaries_of(bits);
+    constant float* edges = kvq_boundaries(bits);
     uint2 streams[KVQ_PASSES];
     KVQ_UNROLL for (int pass = 0; pass < KVQ_PASSES; ++pass) {
       if (256 * pass >= at.dim) continue;
@@ -109,7 +75,7 @@ struct TurboQuant {
       store_bytes(to, bits, alignment(bits, at.wide), streams[pass]);
     }
     if (out.unbiased) {
-      constant float* centroids = codebook_of(bits);
+      constant float* centroids = kvq_codebook(bits);
       KVQ_UNROLL for (int pass = 0; pass < KVQ_PASSES; ++pass) {
         if (256 * pass >= at.dim) continue;
         KVQ_UNROLL for (int i = 0; i < 8; ++i) {
@@ -127,6 +93,7 @@ struct TurboQuant {
   static void decode(thread const Source& in, int i, int bits, int, bool wide, thread float* y) {
     const float norm = load_float(in.scales, 0, in.scale_dtype);
     const uint2 codes = load_bytes(in.codes + i / 8 * bits, bits, alignment(bits, wide));
-    KVQ_UNROLL for (int j = 0; j < 8; ++j) y[j] = codebook_of(bits)[code_at(codes, j, bits)] * norm;
+    KVQ_UNROLL for (int j = 0; j < 8; ++j) y[j] =
+        kvq_codebook(bits)[code_at(codes, j, bits)] * norm;
   }
 };

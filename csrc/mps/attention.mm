@@ -214,73 +214,20 @@ std::tuple<at::Tensor, at::Tensor> run(const AttentionCall& call, const Bound& l
   return {out, lse};
 }
 
-std::tuple<at::Tensor, at::Tensor> attention(
-    const at::Tensor& query, const at::Tensor& k_codes, const at::Tensor& k_scales,
-    const at::Tensor& k_biases, const at::Tensor& v_codes, const at::Tensor& v_scales,
-    const at::Tensor& v_biases, const at::Tensor& kv_length, std::string_view k_format,
-    int64_t k_group_size, std::string_view v_format, int64_t v_group_size,
-    const OptionalTensor& kv_start, const OptionalTensor& kv_end, const OptionalTensor& mask,
-    const OptionalTensor& sinks, const OptionalTensor& k_signs, const OptionalTensor& v_signs,
-    const OptionalTensor& k_mean, const OptionalTensor& v_mean, std::optional<double> scale,
-    double softcap, int64_t window, bool causal, bool ring) {
-  check_input(kOp, "query", query, kDevice);
-  check_positions(kOp, "kv_length", kv_length, query.size(0), kDevice);
-  return run({query,
-              {k_codes, k_scales, k_biases},
-              {v_codes, v_scales, v_biases},
-              Format::parse(kOp, k_format, k_group_size),
-              Format::parse(kOp, v_format, v_group_size),
-              kv_start,
-              kv_end,
-              mask,
-              sinks,
-              k_signs,
-              v_signs,
-              k_mean,
-              v_mean,
-              scale,
-              softcap,
-              window,
-              causal,
-              ring},
-             tensor_bound(kv_length), std::nullopt);
-}
+struct MpsAttention {
+  static c10::Device device() { return kDevice; }
 
-std::tuple<at::Tensor, at::Tensor> attention_int(
-    const at::Tensor& query, const at::Tensor& k_codes, const at::Tensor& k_scales,
-    const at::Tensor& k_biases, const at::Tensor& v_codes, const at::Tensor& v_scales,
-    const at::Tensor& v_biases, int64_t kv_length, std::string_view k_format, int64_t k_group_size,
-    std::string_view v_format, int64_t v_group_size, const OptionalTensor& kv_start,
-    const OptionalTensor& kv_end, const OptionalTensor& mask, const OptionalTensor& sinks,
-    const OptionalTensor& k_signs, const OptionalTensor& v_signs, const OptionalTensor& k_mean,
-    const OptionalTensor& v_mean, std::optional<double> scale, double softcap, int64_t window,
-    bool causal, bool ring) {
-  check_input(kOp, "query", query, kDevice);
-  return run({query,
-              {k_codes, k_scales, k_biases},
-              {v_codes, v_scales, v_biases},
-              Format::parse(kOp, k_format, k_group_size),
-              Format::parse(kOp, v_format, v_group_size),
-              kv_start,
-              kv_end,
-              mask,
-              sinks,
-              k_signs,
-              v_signs,
-              k_mean,
-              v_mean,
-              scale,
-              softcap,
-              window,
-              causal,
-              ring},
-             value_bound(kv_length), kv_length);
-}
+  static std::tuple<at::Tensor, at::Tensor> run(const AttentionCall& call,
+                                                const at::Tensor& length) {
+    return mps::run(call, tensor_bound(length), std::nullopt);
+  }
 
-TORCH_LIBRARY_IMPL(kvq, MPS, m) {
-  m.impl("attention", attention);
-  m.impl("attention.int", attention_int);
-}
+  static std::tuple<at::Tensor, at::Tensor> run(const AttentionCall& call, int64_t length) {
+    return mps::run(call, value_bound(length), length);
+  }
+};
+
+TORCH_LIBRARY_IMPL(kvq, MPS, m) { register_attention<MpsAttention>(m); }
 
 }  // namespace
 }  // namespace kvq::mps

@@ -41,7 +41,7 @@ struct PairTable {
 /// neither above nor below them: an error that all entries shared would change every score.
 template <int Bits>
 float codebook_factor(float& unit) {
-  const float* entries = codebook(Bits);
+  const float* entries = kvq_codebook(Bits);
   constexpr int kEntries = 1 << Bits;
   float best = 1, least = __builtin_inff();
   for (int step = 0; step < 256; ++step) {
@@ -89,7 +89,7 @@ const PairTable& pair_table(Symmetry symmetry = Symmetry::none) {
         case KVQ_FAMILY_Q4_0:
           return static_cast<float>(code - 8);
         case KVQ_FAMILY_TURBOQUANT:
-          return codebook(Bits)[code] * factor;
+          return kvq_codebook(Bits)[code] * factor;
         default:
           return static_cast<float>(code) - ((1 << Bits) - 1) * 0.5f;
       }

@@ -86,7 +86,7 @@ struct Codebook {
   Codebook() {
     for (int v = 0; v < (kVectors < 4 ? kVectors : 4); ++v) {
       float table[16];
-      for (int i = 0; i < 16; ++i) table[i] = codebook(Bits)[(v * 16 + i) % kEntries];
+      for (int i = 0; i < 16; ++i) table[i] = kvq_codebook(Bits)[(v * 16 + i) % kEntries];
       entries[v] = load(table);
     }
   }
@@ -98,14 +98,14 @@ struct Codebook {
       return _mm512_mask_blend_ps(high, _mm512_permutex2var_ps(entries[0], x, entries[1]),
                                   _mm512_permutex2var_ps(entries[2], x, entries[3]));
     }
-    return gather(codebook(Bits), x);
+    return gather(kvq_codebook(Bits), x);
   }
 #elif defined(__AVX2__)
   static constexpr Place kPlace = Bits > 4 ? Place::clean : Place::low;
   F low = load_entries(0), high = load_entries(8);
   static F load_entries(int first) {
     float table[8];
-    for (int i = 0; i < 8; ++i) table[i] = codebook(Bits)[(first + i) % (1 << Bits)];
+    for (int i = 0; i < 8; ++i) table[i] = kvq_codebook(Bits)[(first + i) % (1 << Bits)];
     return load(table);
   }
   F operator()(I x) const {
@@ -113,14 +113,14 @@ struct Codebook {
     if constexpr (Bits == 4) {
       return _mm256_blendv_ps(permute(low, x), permute(high, x), as_float(shift_left<28>(x)));
     }
-    return gather(codebook(Bits), x);
+    return gather(kvq_codebook(Bits), x);
   }
 #elif defined(__aarch64__)
   static constexpr Place kPlace = Place::clean;
   F operator()(I x) const {
-    if constexpr (Bits > 6) return gather(codebook(Bits), x);
+    if constexpr (Bits > 6) return gather(kvq_codebook(Bits), x);
     // Byte look-up: the four bytes of entry i are bytes 4i .. 4i + 3 of the table.
-    const auto* bytes = reinterpret_cast<const uint8_t*>(codebook(Bits));
+    const auto* bytes = reinterpret_cast<const uint8_t*>(kvq_codebook(Bits));
     const U index = U(x) * 0x04040404u + 0x03020100u;
     uint8x16_t lookup = uint8x16_t(index), y = vdupq_n_u8(0);
     constexpr int kBytes = 4 << Bits;
@@ -138,7 +138,7 @@ struct Codebook {
   }
 #else
   static constexpr Place kPlace = Place::clean;
-  F operator()(I x) const { return gather(codebook(Bits), x); }
+  F operator()(I x) const { return gather(kvq_codebook(Bits), x); }
 #endif
 };
 

@@ -94,7 +94,7 @@ void decode_turboquant(const uint8_t* codes, const char* scales, const Layout& l
     const uint64_t word = load_bytes<Bits>(codes);
     for (int j = 0; j < 8; ++j) {
       const auto code = static_cast<int>(word >> (j * Bits)) & ((1 << Bits) - 1);
-      y[i + j] = codebook(Bits)[code] * load_scale(scales, 0, layout.scale_dtype);
+      y[i + j] = kvq_codebook(Bits)[code] * load_scale(scales, 0, layout.scale_dtype);
     }
   }
 }

@@ -4,46 +4,12 @@
 #include <cmath>
 #include <cstdint>
 
-#include "../../shared/codebooks.h"
+#include "../../shared/codebook.h"
 #include "codes.h"
 #include "convert.h"
 #include "lanes.h"
 
 namespace kvq::cpu::KVQ_ISA {
-
-inline const float* codebook(int bits) {
-  switch (bits) {
-    case 2:
-      return kvq_codebook_2;
-    case 3:
-      return kvq_codebook_3;
-    case 4:
-      return kvq_codebook_4;
-    case 5:
-      return kvq_codebook_5;
-    case 6:
-      return kvq_codebook_6;
-    default:
-      return kvq_codebook_8;
-  }
-}
-
-inline const float* boundaries(int bits) {
-  switch (bits) {
-    case 2:
-      return kvq_boundaries_2;
-    case 3:
-      return kvq_boundaries_3;
-    case 4:
-      return kvq_boundaries_4;
-    case 5:
-      return kvq_boundaries_5;
-    case 6:
-      return kvq_boundaries_6;
-    default:
-      return kvq_boundaries_8;
-  }
-}
 
 /// Sum of a[i] * b[i] in the order of reference._sum32: 32 lanes, then a butterfly.
 inline float dot32(const float* a, const float* b, int64_t n) {
@@ -95,7 +61,7 @@ class CodeSearch {
   CodeSearch() {
     for (int cell = 0; cell < kCells; ++cell) below_[cell] = 0, edge_[cell] = INFINITY;
     for (int i = 0; i < (1 << Bits) - 1; ++i) {
-      const float edge = boundaries(Bits)[i];
+      const float edge = kvq_boundaries(Bits)[i];
       alignas(64) int32_t cell[kWidth];
       const I all = cell_of(splat(edge));
       std::memcpy(cell, &all, sizeof cell);
@@ -139,7 +105,7 @@ void encode_turboquant(const float* y, const Layout& layout, KvqEncoder encoder,
   for (int64_t i = 0; i < n; i += 8) pack8<Bits>(q + i, codes + i * Bits / 8);
   if (encoder == KVQ_ENCODER_UNBIASED) {
     float centroid[kMaxHeadDim];
-    for (int64_t i = 0; i < n; ++i) centroid[i] = codebook(Bits)[q[i]];
+    for (int64_t i = 0; i < n; ++i) centroid[i] = kvq_codebook(Bits)[q[i]];
     const float dot = dot32(y, centroid, n);
     if (dot > 0) store_scale(scales, 0, layout.scale_dtype, squares / dot);
   }
