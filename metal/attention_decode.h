@@ -92,6 +92,8 @@ template <typename T, typename KF, typename VF, uint D, uint DV, uint R, bool AL
   typedef KvqValueShape<VF, DV, R> V;
   typedef KvqQueryTile<KF, D, R> Q;
   constexpr uint simdgroups = KVQ_ATTENTION_THREADS / 32;
+  // Products of a chunk are the longest sums: of float queries they would be the largest error.
+  constexpr uint sums = sizeof(T) == 4 && R <= 4 && K::kUnpack % 2 == 0 ? 2 : 1;
   constexpr uint tile_size = kvq_most(Q::kSize, (R * kvq_most(D, DV) + 3) / 4);
   threadgroup float4 tile[tile_size];  // queries; before that and at the end plain rows
   threadgroup float query_sum[K::kChunks * R];
@@ -210,9 +212,9 @@ template <typename T, typename KF, typename VF, uint D, uint DV, uint R, bool AL
             key.codes + KF::template offset<K::kChunk>(chunk), words[u]);
         scale[u] = KF::template scale_bias<K::kChunk>(key.codes, key.scales, key.biases, chunk);
       }
-      float dot[K::kLanes][R];
+      float dot[K::kLanes][sums * R];
       KVQ_UNROLL for (uint u = 0; u < K::kLanes; ++u) {
-        KVQ_UNROLL for (uint r = 0; r < R; ++r) dot[u][r] = 0.0f;
+        KVQ_UNROLL for (uint r = 0; r < sums * R; ++r) dot[u][r] = 0.0f;
       }
       KVQ_UNROLL for (uint i = 0; i < K::kChunk; i += K::kUnpack) {
         float c[K::kLanes][K::kUnpack];
@@ -223,7 +225,8 @@ template <typename T, typename KF, typename VF, uint D, uint DV, uint R, bool AL
           const float4 q = tile[chunk * Q::kStride + i / K::kUnpack * Q::kVectors + j];
           KVQ_UNROLL for (uint e = 4 * j; e < kvq_least(4 * j + 4, K::kUnpack * R); ++e) {
             KVQ_UNROLL for (uint u = 0; u < K::kLanes; ++u) {
-              dot[u][e % R] = fma(q[e % 4], c[u][e / R], dot[u][e % R]);
+              const uint at = e % (sums * R);
+              dot[u][at] = fma(q[e % 4], c[u][e / R], dot[u][at]);
             }
           }
         }
@@ -231,6 +234,7 @@ template <typename T, typename KF, typename VF, uint D, uint DV, uint R, bool AL
       KVQ_UNROLL for (uint r = 0; r < R; ++r) {
         const float sum = KF::kBiased ? query_sum[chunk * R + r] : 0.0f;
         KVQ_UNROLL for (uint u = 0; u < K::kLanes; ++u) {
+          if (sums == 2) dot[u][r] += dot[u][(sums - 1) * R + r];
           score[r][u] = fma(scale[u].x, dot[u][r], score[r][u]);
           if (KF::kBiased) score[r][u] = fma(scale[u].y, sum, score[r][u]);
         }
