@@ -50,7 +50,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.getoption("--device") != "mps" or sys.platform == "darwin":
         return
     # The software device compiles a library, a second of work, for almost every one of them.
-    attention = [item for item in items if item.path.name == "test_attention.py"]
+    attention = [item for item in items if item.path.match("tests/test_attention*.py")]
     sampled = pytest.mark.skip(reason="each value of each parameter once here; all with --slow")
     for item in set(attention) - _covering(attention):
         item.add_marker(sampled)

@@ -13,16 +13,16 @@ from .build import ROOT
 
 #: Attention of one and of many queries within twice the error of dense attention, and more of it.
 SOME = (
-    "test_attention.py::test_error_is_at_most_twice_sdpa_error[1-int4-g64-rot-float16]",
-    "test_attention.py::test_error_is_at_most_twice_sdpa_error[1-int8-g32-float32]",
-    "test_attention.py::test_error_is_at_most_twice_sdpa_error[64-int8-g32-float32]",
-    "test_attention.py::test_error_is_at_most_twice_sdpa_error[64-tq3-bfloat16]",
+    "test_attention_numbers.py::test_error_is_at_most_twice_sdpa_error[1-int4-g64-rot-float16]",
+    "test_attention_numbers.py::test_error_is_at_most_twice_sdpa_error[1-int8-g32-float32]",
+    "test_attention_numbers.py::test_error_is_at_most_twice_sdpa_error[64-int8-g32-float32]",
+    "test_attention_numbers.py::test_error_is_at_most_twice_sdpa_error[64-tq3-bfloat16]",
     "test_attention.py::test_rows_that_see_nothing[3-float32]",
     "test_kv_cache_update.py",
 )
 #: Codecs byte for byte, decoded values exact, and attention of every layout.
 MORE = (
-    "test_attention.py::test_error_is_at_most_twice_sdpa_error",
+    "test_attention_numbers.py::test_error_is_at_most_twice_sdpa_error",
     "test_attention.py::test_softcap",
     "test_affine.py",
     "test_fp8.py",
