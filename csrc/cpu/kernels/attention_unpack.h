@@ -14,7 +14,6 @@
 namespace kvq::cpu::KVQ_ISA {
 
 constexpr int kBlockTokens = 64;
-constexpr int kSlab = 32;
 
 // ---- Maps: F operator()(I x).
 

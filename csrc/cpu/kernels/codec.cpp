@@ -1,6 +1,8 @@
 // Drivers of encode, decode, hadamard and the mlx-native reader over ranges of vectors.
 #include "codec.h"
 
+#include <algorithm>
+
 #include "hadamard.h"
 #include "tables.h"
 
@@ -16,8 +18,12 @@ struct VectorIndex {
         g(vector / tokens % heads),
         t(vector % tokens) {}
 
-  void next() {
-    if (++t < tokens) return;
+  void next() { advance(1); }
+
+  /// Up to the end of a head's tokens.
+  void advance(int64_t count) {
+    t += count;
+    if (t < tokens) return;
     t = 0;
     if (++g < heads) return;
     g = 0;
@@ -27,17 +33,35 @@ struct VectorIndex {
   int64_t heads, tokens, b, g, t;
 };
 
-}  // namespace
+template <KvqDtype Dtype>
+void load_values(const char* p, int64_t n, float* y) {
+  int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) store(y + i, load_as(Dtype, p + i * dtype_size(Dtype)));
+  for (; i < n; ++i) y[i] = load_float(p + i * dtype_size(Dtype), Dtype);
+}
 
-void encode(const EncodeArgs& args, int64_t begin, int64_t end) {
+inline void load_values(const char* p, KvqDtype dtype, int64_t n, float* y) {
+  if (dtype == KVQ_BFLOAT16) return load_values<KVQ_BFLOAT16>(p, n, y);
+  if (dtype == KVQ_FLOAT16) return load_values<KVQ_FLOAT16>(p, n, y);
+  load_values<KVQ_FLOAT32>(p, n, y);
+}
+
+int64_t batch_rows(int64_t head_dim) {
+  return std::min<int64_t>(kBatchRows, kBatchValues / head_dim);
+}
+
+/// Rows [first, first + count) of a batch from consecutive tokens of head g: x to centred, rotated
+/// floats.
+[[gnu::noinline]] void load_rows(const EncodeArgs& args, const char* x, int64_t g, Batch& batch,
+                                 int first, int count) {
   const Layout& layout = args.out.layout;
   const int64_t n = layout.head_dim;
   const bool bounded = args.signs || layout.family == KVQ_FAMILY_TURBOQUANT;
-  float y[kMaxHeadDim + 16] = {};  // encoders may look at a few values past the last
-  VectorIndex at(begin, args.heads, args.tokens);
-  for (int64_t vector = begin; vector < end; ++vector, at.next()) {
-    const int64_t b = at.b, g = at.g, token = args.first + at.t;
-    load_row(args.x.at(b, g, token), args.x_dtype, n, y);
+  float* y = batch.y + first * n;
+  const int64_t next = batch_rows(n) * args.x.token_stride;
+  for (int r = 0; r < count; ++r, y += n, x += args.x.token_stride) {
+    batch.next[first + r] = x + next;
+    load_values(x, args.x_dtype, n, y);
     if (args.mean) {
       const float* mean = args.mean + g * n;
       for (int64_t j = 0; j < n; ++j) y[j] -= mean[j];
@@ -50,15 +74,43 @@ void encode(const EncodeArgs& args, int64_t begin, int64_t end) {
       }
     }
     if (args.signs) hadamard_row(y, n, args.signs, /*inverse=*/false);
-    int64_t slot = args.position[b] + token;
-    if (args.ring) slot %= args.capacity;
-    char* codes = args.out.codes.at(b, g, slot);
-    if (layout.family == KVQ_FAMILY_NONE && !args.signs) {
-      store_row(y, layout.codes_dtype, n, codes, /*saturate=*/false);
-    } else {
-      encode_row(y, layout, args.encoder, codes, args.out.scales.at(b, g, slot),
-                 args.out.biases.at(b, g, slot));
+  }
+}
+
+/// Where rows [first, first + count) go: consecutive slots of head g.
+void place_rows(const Rows& out, int64_t b, int64_t g, int64_t slot, int first, int count,
+                char** at) {
+  char* p = out.at(b, g, slot);
+  for (int r = first; r < first + count; ++r, p += out.token_stride) at[r] = p;
+}
+
+}  // namespace
+
+void encode(const EncodeArgs& args, int64_t begin, int64_t end) {
+  const Layout& layout = args.out.layout;
+  const int64_t most = batch_rows(layout.head_dim);
+  alignas(64) float values[kBatchValues + kSlab];
+  Batch batch;
+  batch.y = values;
+  batch.saturate = args.signs;
+  batch.next_bytes = layout.head_dim * dtype_size(args.x_dtype);
+  VectorIndex at(begin, args.heads, args.tokens);
+  for (int64_t vector = begin; vector < end; vector += batch.rows) {
+    batch.rows = static_cast<int>(std::min(most, end - vector));
+    for (int r = 0, count = 0; r < batch.rows; r += count) {
+      // Up to the head's last token or the ring's last slot.
+      int64_t slot = args.position[at.b] + args.first + at.t;
+      if (args.ring) slot %= args.capacity;
+      count = static_cast<int>(
+          std::min({int64_t{batch.rows - r}, args.tokens - at.t, args.capacity - slot}));
+      load_rows(args, args.x.at(at.b, at.g, args.first + at.t), at.g, batch, r, count);
+      place_rows(args.out.codes, at.b, at.g, slot, r, count, batch.codes);
+      place_rows(args.out.scales, at.b, at.g, slot, r, count, batch.scales);
+      place_rows(args.out.biases, at.b, at.g, slot, r, count, batch.biases);
+      at.advance(count);
     }
+    std::fill_n(values + batch.rows * layout.head_dim, kSlab, 0.0f);
+    encode_rows(batch, layout, args.encoder);
   }
 }
 

@@ -1,4 +1,4 @@
-// Encode or decode one vector in any format.
+// Encode or decode vectors in any format.
 #pragma once
 
 #include "affine.h"
@@ -10,40 +10,41 @@
 
 namespace kvq::cpu::KVQ_ISA {
 
-/// Centred and rotated y (changed in place) to its packed row.
-inline void encode_row(float* y, const Layout& layout, KvqEncoder encoder, char* codes,
-                       char* scales, char* biases) {
-  auto* bytes = reinterpret_cast<uint8_t*>(codes);
+/// Centred and rotated rows to their packed forms.
+inline void encode_rows(const Batch& batch, const Layout& layout, KvqEncoder encoder) {
   switch (layout.family) {
     case KVQ_FAMILY_AFFINE:
-      if (layout.bits == 8) return encode_affine<8>(y, layout, bytes, scales, biases);
-      if (layout.bits == 4) return encode_affine<4>(y, layout, bytes, scales, biases);
-      return encode_affine<2>(y, layout, bytes, scales, biases);
+      if (layout.bits == 8) return encode_affine<8>(batch, layout);
+      if (layout.bits == 4) return encode_affine<4>(batch, layout);
+      return encode_affine<2>(batch, layout);
     case KVQ_FAMILY_FP8_E4M3:
-      return encode_fp8<E4M3>(y, layout, bytes, scales);
+      return encode_fp8<E4M3>(batch, layout);
     case KVQ_FAMILY_FP8_E5M2:
-      return encode_fp8<E5M2>(y, layout, bytes, scales);
+      return encode_fp8<E5M2>(batch, layout);
     case KVQ_FAMILY_Q8_0:
-      return encode_q8_0(y, layout, bytes);
+      return encode_q8_0(batch, layout);
     case KVQ_FAMILY_Q4_0:
-      return encode_q4_0(y, layout, bytes);
+      return encode_q4_0(batch, layout);
     case KVQ_FAMILY_TURBOQUANT:
       switch (layout.bits) {
         case 2:
-          return encode_turboquant<2>(y, layout, encoder, bytes, scales);
+          return encode_turboquant<2>(batch, layout, encoder);
         case 3:
-          return encode_turboquant<3>(y, layout, encoder, bytes, scales);
+          return encode_turboquant<3>(batch, layout, encoder);
         case 4:
-          return encode_turboquant<4>(y, layout, encoder, bytes, scales);
+          return encode_turboquant<4>(batch, layout, encoder);
         case 5:
-          return encode_turboquant<5>(y, layout, encoder, bytes, scales);
+          return encode_turboquant<5>(batch, layout, encoder);
         case 6:
-          return encode_turboquant<6>(y, layout, encoder, bytes, scales);
+          return encode_turboquant<6>(batch, layout, encoder);
         default:
-          return encode_turboquant<8>(y, layout, encoder, bytes, scales);
+          return encode_turboquant<8>(batch, layout, encoder);
       }
     case KVQ_FAMILY_NONE:
-      return store_row(y, layout.codes_dtype, layout.head_dim, codes);
+      for (int r = 0; r < batch.rows; ++r) {
+        store_row(batch.y + r * layout.head_dim, layout.codes_dtype, layout.head_dim,
+                  batch.codes[r], batch.saturate);
+      }
   }
 }
 

@@ -6,7 +6,6 @@
 
 #include "codes.h"
 #include "convert.h"
-#include "lanes.h"
 
 namespace kvq::cpu::KVQ_ISA {
 
@@ -61,22 +60,33 @@ inline const float* fp8_values() {
   return table.value;
 }
 
-/// y is clamped in place.
 template <typename Format>
-void encode_fp8(float* y, const Layout& layout, uint8_t* codes, char* scales) {
-  const int group = layout.group;
-  for (int64_t g = 0; g < layout.head_dim / group; ++g, y += group, codes += group) {
-    const GroupRange range = clamp_group(y, group, KVQ_LIMIT);
-    if (range.nan) {
-      store_scale(scales, g, layout.scale_dtype, NAN);
-      std::memset(codes, 0, group);
-      continue;
-    }
-    float scale = store_scale(scales, g, layout.scale_dtype, magnitude(range) / Format::kMax);
-    if (scale == 0) scale = store_scale(scales, g, layout.scale_dtype, 1.0f);
-    for (int i = 0; i < group; i += kWidth) {
-      const F v = bounded(load(y + i) / splat(scale), -Format::kMax, Format::kMax);
-      store_codes<8>(codes + i, float_to_fp8<Format>(v));
+[[gnu::noinline]] void encode_fp8(const Batch& batch, const Layout& layout) {
+  const int group = layout.group, per_row = static_cast<int>(layout.head_dim) / group;
+  const int groups = batch.rows * per_row;
+  GroupValues low, high, scale;
+  group_ranges(batch.y, group, groups, KVQ_LIMIT, low, high);
+  each_vector(groups, [&](int k) {
+    const F largest = magnitude(load(low + k), load(high + k));
+    store(scale + k, round_divisor(largest / splat(Format::kMax), layout.scale_dtype));
+  });
+  store_scales(scale, layout.scale_dtype, per_row, batch.rows, batch.scales);
+  const float* y = batch.y;
+  for (int r = 0, k = 0; r < batch.rows; ++r) {
+    batch.ask_next(r);
+    uint8_t* codes = batch.bytes(r);
+    for (int g = 0; g < per_row; ++g, ++k) {
+      const F divisor = splat(scale[k]);
+      const bool nan = scale[k] != scale[k];
+      for (int i = 0; i < group; i += kSlab, y += kSlab, codes += kSlab) {
+        if (nan) [[unlikely]] {
+          std::memset(codes, 0, kSlab);
+          continue;
+        }
+        store_codes<8>(codes, [&](int j) KVQ_INLINE {
+          return float_to_fp8<Format>(bounded(load(y + j) / divisor, -Format::kMax, Format::kMax));
+        });
+      }
     }
   }
 }

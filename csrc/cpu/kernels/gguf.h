@@ -7,80 +7,88 @@
 
 #include "codes.h"
 #include "convert.h"
-#include "lanes.h"
 
 namespace kvq::cpu::KVQ_ISA {
 
 constexpr int kBlock = 32;
 
-inline void store_half(uint8_t* p, float x) {
-  store_scale(reinterpret_cast<char*>(p), 0, KVQ_FLOAT16, x);
-}
-
-inline void encode_q8_0(float* y, const Layout& layout, uint8_t* codes) {
-  for (int64_t b = 0; b < layout.head_dim / kBlock; ++b, y += kBlock, codes += 2 + kBlock) {
-    const GroupRange range = clamp_group(y, kBlock, KVQ_LIMIT);
-    if (range.nan) {
-      store_half(codes, NAN);
-      std::memset(codes + 2, 0, kBlock);
-      continue;
-    }
-    const float d = magnitude(range) / 127;
-    const float inverse = d == 0 ? 0.0f : 1 / d;
-    store_half(codes, d);
-    if (std::isinf(inverse)) {  // d < 2^-128 is stored as 0
-      std::memset(codes + 2, 0, kBlock);
-      continue;
-    }
-    for (int i = 0; i < kBlock; i += kWidth) {
-      // Halves are rounded away from zero.
-      const F scaled = load(y + i) * splat(inverse);
-      const I sign = shift_right_signed<31>(as_int(scaled));
-      const F size = as_float(bit_and(as_int(scaled), splat_int(0x7fffffff)));
-      const I whole = truncate_to_int(size);
-      const F rest = size - to_float(whole);
-      const I q = add_int(whole, truncate_to_int(rest + rest));
-      // Two's complement where the sign is negative.
-      store_codes<8>(codes + 2 + i, add_int(bit_xor(q, sign), shift_right<31>(sign)));
+/// A batch's blocks: y, d, its inverse, and where their bytes go. The inverse is NaN, so that codes
+/// become 0, where d is NaN or too small for one (d < 2^-128 is stored as 0).
+template <int BlockBytes, typename Encode>
+[[gnu::always_inline]] inline void encode_blocks(const Batch& batch, const Layout& layout,
+                                                 const GroupValues& d, const Encode& encode) {
+  const int per_row = static_cast<int>(layout.head_dim) / kBlock;
+  GroupValues inverse;
+  uint16_t header[kBatchGroups];
+  each_vector(batch.rows * per_row, [&](int k) {
+    const F x = load(d + k), zero = splat(0.0f), infinity = splat(INFINITY);
+    F reciprocal = splat(1.0f) / x;
+    reciprocal = select_equal(magnitude(reciprocal, reciprocal), infinity, splat(NAN), reciprocal);
+    store(inverse + k, select_equal(x, zero, zero, reciprocal));
+    store_as(KVQ_FLOAT16, reinterpret_cast<char*>(header + k), round_scale(x, KVQ_FLOAT16));
+  });
+  const float* y = batch.y;
+  for (int r = 0, k = 0; r < batch.rows; ++r) {
+    batch.ask_next(r);
+    uint8_t* out = batch.bytes(r);
+    for (int b = 0; b < per_row; ++b, ++k, y += kBlock, out += BlockBytes) {
+      std::memcpy(out, header + k, 2);
+      encode(y, splat(inverse[k]), out + 2);
     }
   }
 }
 
-/// The first element of this magnitude, with its sign: where two tie, ggml takes the first.
-inline float first_of_magnitude(const float* y, const GroupRange& range) {
-  const float size = magnitude(range);
+[[gnu::noinline]] inline void encode_q8_0(const Batch& batch, const Layout& layout) {
+  const int groups = batch.rows * static_cast<int>(layout.head_dim) / kBlock;
+  GroupValues low, high, d;
+  group_ranges(batch.y, kBlock, groups, KVQ_LIMIT, low, high);
+  each_vector(groups, [&](int k) {
+    store(d + k, magnitude(load(low + k), load(high + k)) / splat(127.0f));
+  });
+  encode_blocks<2 + kBlock>(
+      batch, layout, d, [](const float* y, F inverse, uint8_t* out) KVQ_INLINE {
+        store_codes<8>(out, [&](int j) KVQ_INLINE {
+          // Halves are rounded away from zero.
+          const F scaled = load(y + j) * inverse;
+          const I sign = shift_right_signed<31>(as_int(scaled));
+          // The operand order makes 0 of NaN.
+          const F size =
+              maximum(as_float(bit_and(as_int(scaled), splat_int(0x7fffffff))), splat(0.0f));
+          const I whole = truncate_to_int(size);
+          const F rest = size - to_float(whole);
+          const I q = add_int(whole, truncate_to_int(rest + rest));
+          // Two's complement where the sign is negative.
+          return bit_and(add_int(bit_xor(q, sign), shift_right<31>(sign)), splat_int(0xff));
+        });
+      });
+}
+
+/// The first element of the largest magnitude, with its sign: where two tie, ggml takes the first.
+inline float first_of_magnitude(const float* y, float low, float high) {
   // Only where both signs have it does the order matter.
-  if (range.high != -range.low) [[likely]]
-    return std::copysign(size, range.high + range.low);
-  int i = 0;
-  while (std::fabs(y[i]) != size) ++i;
-  return y[i];
+  if (high != -low) [[likely]]
+    return high > -low ? high : low;
+  while (std::fabs(*y) != high) ++y;
+  return *y;
 }
 
-inline void encode_q4_0(float* y, const Layout& layout, uint8_t* codes) {
-  for (int64_t b = 0; b < layout.head_dim / kBlock; ++b, y += kBlock, codes += 2 + kBlock / 2) {
-    const GroupRange range = clamp_group(y, kBlock, KVQ_LIMIT);
-    if (range.nan) {
-      store_half(codes, NAN);
-      std::memset(codes + 2, 0, kBlock / 2);
-      continue;
-    }
-    const float d = first_of_magnitude(y, range) / -8;
-    const float inverse = d == 0 ? 0.0f : 1 / d;
-    store_half(codes, d);
-    if (std::isinf(inverse)) {  // d < 2^-128 is stored as 0
-      std::memset(codes + 2, 0, kBlock / 2);
-      continue;
-    }
-    const auto code = [&](const float* p) {  // two float32 roundings, as ggml's
-      const F v = load(p) * splat(inverse) + splat(8.5f);
-      return truncate_to_int(bounded(v, 0.0f, 15.0f));
-    };
-    for (int i = 0; i < kBlock / 2; i += kWidth) {
-      const I low = code(y + i), high = code(y + i + kBlock / 2);
-      store_codes<8>(codes + 2 + i, bit_or(low, shift_left<4>(high)));
-    }
+[[gnu::noinline]] inline void encode_q4_0(const Batch& batch, const Layout& layout) {
+  const int groups = batch.rows * static_cast<int>(layout.head_dim) / kBlock;
+  GroupValues low, high, d = {};
+  group_ranges(batch.y, kBlock, groups, KVQ_LIMIT, low, high);
+  for (int k = 0; k < groups; ++k) {
+    d[k] = first_of_magnitude(batch.y + k * kBlock, low[k], high[k]) / -8;
   }
+  encode_blocks<2 + kBlock / 2>(
+      batch, layout, d, [](const float* y, F inverse, uint8_t* out) KVQ_INLINE {
+        const auto code = [&](int j) KVQ_INLINE {  // two float32 roundings, as ggml's
+          const F v = load(y + j) * inverse + splat(8.5f);
+          return truncate_to_int(bounded(v, 0.0f, 15.0f));
+        };
+        for (int j = 0; j < kBlock / 2; j += kWidth) {
+          store_bytes(out + j, bit_or(code(j), shift_left<4>(code(j + kBlock / 2))));
+        }
+      });
 }
 
 }  // namespace kvq::cpu::KVQ_ISA

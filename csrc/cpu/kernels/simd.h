@@ -2,6 +2,7 @@
 // AVX2 and NEON by intrinsics where the compiler's own vector extension would not do.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -50,6 +51,7 @@ inline I splat_int(uint32_t x) { return _mm512_set1_epi32(static_cast<int>(x)); 
 inline F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 inline F minimum(F a, F b) { return _mm512_min_ps(a, b); }
 inline F maximum(F a, F b) { return _mm512_max_ps(a, b); }
+inline F square_root(F x) { return _mm512_sqrt_ps(x); }
 inline F to_float(I x) { return _mm512_cvtepi32_ps(x); }
 inline F as_float(I x) { return _mm512_castsi512_ps(x); }
 inline I as_int(F x) { return _mm512_castps_si512(x); }
@@ -57,6 +59,7 @@ inline I bit_and(I a, I b) { return _mm512_and_si512(a, b); }
 inline I bit_or(I a, I b) { return _mm512_or_si512(a, b); }
 inline I bit_xor(I a, I b) { return _mm512_xor_si512(a, b); }
 inline I add_int(I a, I b) { return _mm512_add_epi32(a, b); }
+inline I sub_int(I a, I b) { return _mm512_sub_epi32(a, b); }
 template <int N>
 inline I shift_left(I x) {
   return _mm512_slli_epi32(x, N);
@@ -89,6 +92,28 @@ inline void unzip(F a, F b, F& even, F& odd) {
 }
 inline float sum(F x) { return _mm512_reduce_add_ps(x); }
 inline float largest(F x) { return _mm512_reduce_max_ps(x); }
+inline F zip_low(F a, F b) { return _mm512_unpacklo_ps(a, b); }
+inline F zip_high(F a, F b) { return _mm512_unpackhi_ps(a, b); }
+inline F zip_pairs_low(F a, F b) {
+  return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
+}
+inline F zip_pairs_high(F a, F b) {
+  return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
+}
+/// Lane i: the largest of the lanes of part[i / 4] that have place i % 4 in their 128 bits.
+inline F largest_of_quarters(const F (&part)[4]) {
+  const auto fold = [](F a, F b) {
+    return maximum(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+  };
+  const F a = fold(part[0], part[1]), b = fold(part[2], part[3]);
+  return maximum(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+}
+inline F select_equal(F a, F b, F then, F otherwise) {
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ), otherwise, then);
+}
+inline void store_halves(void* p, F x) {
+  _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
 
 #elif defined(__AVX2__)
 
@@ -105,6 +130,7 @@ inline I splat_int(uint32_t x) { return _mm256_set1_epi32(static_cast<int>(x)); 
 inline F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
 inline F minimum(F a, F b) { return _mm256_min_ps(a, b); }
 inline F maximum(F a, F b) { return _mm256_max_ps(a, b); }
+inline F square_root(F x) { return _mm256_sqrt_ps(x); }
 inline F to_float(I x) { return _mm256_cvtepi32_ps(x); }
 inline F as_float(I x) { return _mm256_castsi256_ps(x); }
 inline I as_int(F x) { return _mm256_castps_si256(x); }
@@ -112,6 +138,7 @@ inline I bit_and(I a, I b) { return _mm256_and_si256(a, b); }
 inline I bit_or(I a, I b) { return _mm256_or_si256(a, b); }
 inline I bit_xor(I a, I b) { return _mm256_xor_si256(a, b); }
 inline I add_int(I a, I b) { return _mm256_add_epi32(a, b); }
+inline I sub_int(I a, I b) { return _mm256_sub_epi32(a, b); }
 template <int N>
 inline I shift_left(I x) {
   return _mm256_slli_epi32(x, N);
@@ -160,6 +187,24 @@ inline float largest(F x) {
   y = _mm_max_ps(y, _mm_movehl_ps(y, y));
   return _mm_cvtss_f32(_mm_max_ss(y, _mm_movehdup_ps(y)));
 }
+inline F zip_low(F a, F b) { return _mm256_unpacklo_ps(a, b); }
+inline F zip_high(F a, F b) { return _mm256_unpackhi_ps(a, b); }
+inline F zip_pairs_low(F a, F b) {
+  return _mm256_castpd_ps(_mm256_unpacklo_pd(_mm256_castps_pd(a), _mm256_castps_pd(b)));
+}
+inline F zip_pairs_high(F a, F b) {
+  return _mm256_castpd_ps(_mm256_unpackhi_pd(_mm256_castps_pd(a), _mm256_castps_pd(b)));
+}
+inline F largest_of_quarters(const F (&part)[2]) {
+  return maximum(_mm256_permute2f128_ps(part[0], part[1], 0x20),
+                 _mm256_permute2f128_ps(part[0], part[1], 0x31));
+}
+inline F select_equal(F a, F b, F then, F otherwise) {
+  return _mm256_blendv_ps(otherwise, then, _mm256_cmp_ps(a, b, _CMP_EQ_OQ));
+}
+inline void store_halves(void* p, F x) {
+  _mm_storeu_si128(static_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
 
 #else  // NEON, and what every x86-64 has
 
@@ -195,6 +240,9 @@ inline F fma(F a, F b, F c) {
 }
 inline F minimum(F a, F b) { return a < b ? a : b; }
 inline F maximum(F a, F b) { return a > b ? a : b; }
+inline F square_root(F x) {
+  return F{std::sqrt(x[0]), std::sqrt(x[1]), std::sqrt(x[2]), std::sqrt(x[3])};
+}
 inline F to_float(I x) { return __builtin_convertvector(x, F); }
 inline F as_float(I x) { return F(x); }
 inline I as_int(F x) { return I(x); }
@@ -255,6 +303,17 @@ inline void unzip(F a, F b, F& even, F& odd) {
   odd = F{a[1], a[3], b[1], b[3]};
 }
 inline float sum(F x) { return (x[0] + x[2]) + (x[1] + x[3]); }
+inline F zip_low(F a, F b) { return F{a[0], b[0], a[1], b[1]}; }
+inline F zip_high(F a, F b) { return F{a[2], b[2], a[3], b[3]}; }
+inline F zip_pairs_low(F a, F b) { return F{a[0], a[1], b[0], b[1]}; }
+inline F zip_pairs_high(F a, F b) { return F{a[2], a[3], b[2], b[3]}; }
+inline F largest_of_quarters(const F (&part)[1]) { return part[0]; }
+inline F select_equal(F a, F b, F then, F otherwise) { return a == b ? then : otherwise; }
+inline void store_halves(void* p, F x) {
+  const uint16_t halves[4] = {float_to_half(x[0]), float_to_half(x[1]), float_to_half(x[2]),
+                              float_to_half(x[3])};
+  std::memcpy(p, halves, sizeof halves);
+}
 inline float largest(F x) {
   const float a = x[0] > x[1] ? x[0] : x[1], b = x[2] > x[3] ? x[2] : x[3];
   return a > b ? a : b;
@@ -263,6 +322,14 @@ inline float largest(F x) {
 #endif
 
 // load_halves: kWidth float16 numbers. unzip: the lanes with even and odd numbers of a, then b.
+// zip_low, zip_high: of every 128 bits, the lanes of a's and b's lower (upper) half in turn.
+
+/// Lane i of every 128 bits: the largest of rows[i]'s lanes in the same 128 bits.
+[[gnu::always_inline]] inline F largest_in_quarters(const F (&rows)[4]) {
+  const F a = maximum(zip_low(rows[0], rows[1]), zip_high(rows[0], rows[1]));
+  const F b = maximum(zip_low(rows[2], rows[3]), zip_high(rows[2], rows[3]));
+  return maximum(zip_pairs_low(a, b), zip_pairs_high(a, b));
+}
 
 /// kWidth numbers of a dtype.
 inline F load_as(KvqDtype dtype, const char* p) {
@@ -272,11 +339,18 @@ inline F load_as(KvqDtype dtype, const char* p) {
     std::memcpy(x, p, sizeof x);
     return load(x);
   }
+#if defined(__AVX512F__)
+  const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return as_float(shift_left<16>(_mm512_cvtepu16_epi32(x)));
+#elif defined(__AVX2__)
+  const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return as_float(shift_left<16>(_mm256_cvtepu16_epi32(x)));
+#else
   uint16_t x[kWidth];
   std::memcpy(x, p, sizeof x);
-  float y[kWidth];
-  for (int i = 0; i < kWidth; ++i) y[i] = bfloat_to_float(x[i]);
-  return load(y);
+  return F{bfloat_to_float(x[0]), bfloat_to_float(x[1]), bfloat_to_float(x[2]),
+           bfloat_to_float(x[3])};
+#endif
 }
 
 /// kWidth floats to bfloat16, rounded to nearest even; a NaN stays one.
@@ -300,6 +374,13 @@ inline void store_bfloat(char* p, F x) {
     std::memcpy(p + 2 * i, &half, 2);
   }
 #endif
+}
+
+/// kWidth floats as numbers of a dtype, rounded to nearest even.
+inline void store_as(KvqDtype dtype, char* p, F x) {
+  if (dtype == KVQ_FLOAT16) return store_halves(p, x);
+  if (dtype == KVQ_BFLOAT16) return store_bfloat(p, x);
+  std::memcpy(p, &x, sizeof x);
 }
 
 // F is a vector of the compiler's in every instruction set: + - * / are its own.
