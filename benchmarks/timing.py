@@ -46,7 +46,7 @@ def interleaved(
     *,
     budget_s: float = 4.0,
     min_rounds: int = 5,
-    max_rounds: int = 400,
+    max_rounds: int = 20_000,
     pause_s: float = 0.0,
 ) -> dict[str, Timing]:
     """Time each f(round) in turn, round after round, until the budget is spent.

@@ -24,14 +24,6 @@ enum class Place {
   top,    ///< in the high bits, anything below
 };
 
-#if defined(__AVX512F__)
-/// 16 entries by the low 4 bits of each lane, whatever the other bits hold.
-inline F permute(F table, I index) { return _mm512_permutexvar_ps(index, table); }
-#elif defined(__AVX2__)
-/// 8 entries by the low 3 bits of each lane, whatever the other bits hold.
-inline F permute(F table, I index) { return _mm256_permutevar8x32_ps(table, index); }
-#endif
-
 /// The code itself, minus half of Twice.
 template <int Bits, int Twice>
 struct Integer {
@@ -91,12 +83,8 @@ struct Codebook {
   }
   F operator()(I x) const {
     if constexpr (Bits <= 4) return permute(entries[0], x);
-    if constexpr (Bits == 5) return _mm512_permutex2var_ps(entries[0], x, entries[1]);
-    if constexpr (Bits == 6) {
-      const __mmask16 high = _mm512_test_epi32_mask(x, splat_int(32));
-      return _mm512_mask_blend_ps(high, _mm512_permutex2var_ps(entries[0], x, entries[1]),
-                                  _mm512_permutex2var_ps(entries[2], x, entries[3]));
-    }
+    if constexpr (Bits == 5) return permute(entries[0], entries[1], x);
+    if constexpr (Bits == 6) return permute(entries[0], entries[1], entries[2], entries[3], x);
     return gather(kvq_codebook(Bits), x);
   }
 #elif defined(__AVX2__)

@@ -67,10 +67,9 @@ int64_t batch_rows(int64_t head_dim) {
       for (int64_t j = 0; j < n; ++j) y[j] -= mean[j];
     }
     if (bounded) {
-      for (int64_t j = 0; j < n; ++j) {
-        float v = y[j];
-        v = v > KVQ_ROTATED_LIMIT ? KVQ_ROTATED_LIMIT : v;
-        y[j] = v < -KVQ_ROTATED_LIMIT ? -KVQ_ROTATED_LIMIT : v;
+      for (int64_t j = 0; j < n; j += kWidth) {  // the order of operands keeps NaN
+        store(y + j,
+              minimum(splat(KVQ_ROTATED_LIMIT), maximum(splat(-KVQ_ROTATED_LIMIT), load(y + j))));
       }
     }
     if (args.signs) hadamard_row(y, n, args.signs, /*inverse=*/false);
@@ -89,7 +88,7 @@ void place_rows(const Rows& out, int64_t b, int64_t g, int64_t slot, int first, 
 void encode(const EncodeArgs& args, int64_t begin, int64_t end) {
   const Layout& layout = args.out.layout;
   const int64_t most = batch_rows(layout.head_dim);
-  alignas(64) float values[kBatchValues + kSlab];
+  alignas(64) float values[kBatchValues + kBatchPadding];
   Batch batch;
   batch.y = values;
   batch.saturate = args.signs;
@@ -109,7 +108,7 @@ void encode(const EncodeArgs& args, int64_t begin, int64_t end) {
       place_rows(args.out.biases, at.b, at.g, slot, r, count, batch.biases);
       at.advance(count);
     }
-    std::fill_n(values + batch.rows * layout.head_dim, kSlab, 0.0f);
+    std::fill_n(values + batch.rows * layout.head_dim, kBatchPadding, 0.0f);
     encode_rows(batch, layout, args.encoder);
   }
 }

@@ -21,10 +21,11 @@ constexpr int kSlab = 32;
 constexpr int kBatchValues = 2048;  // with what is made of them, half of a first-level cache
 constexpr int kBatchGroups = kBatchValues / kSlab;
 constexpr int kBatchRows = 64;
+constexpr int kBatchPadding = 64;
 
 /// Centred and rotated rows, one after the other, and where their packed forms go.
 struct Batch {
-  float* y = nullptr;  ///< encoders may change it, and read up to 32 values past the last
+  float* y = nullptr;  ///< encoders may change it, and read kBatchPadding past the last
   int rows = 0;
   bool saturate = true;  ///< format none: what is too large for float16 stays finite
   char* codes[kBatchRows];
@@ -212,7 +213,7 @@ inline Bytes load_bytes(const uint8_t* p) {
 }
 
 /// 32 integers as bytes; negative ones, and what no integer holds, as 0. They are at most 255.
-inline Bytes narrow(const I (&x)[kSlab / kWidth]) {
+inline Bytes narrow(const I* x) {
 #if defined(__AVX512VBMI__)
   alignas(64) static constexpr auto kOrder = packed_order(1);
   const __m512i words = _mm512_packus_epi32(x[0], x[1]);
@@ -275,7 +276,7 @@ inline Bytes load_bytes(const uint8_t* p) {
   return x;
 }
 
-inline Bytes narrow(const I (&x)[kSlab / kWidth]) {
+inline Bytes narrow(const I* x) {
   Bytes out;
   for (int j = 0; j < kSlab / kWidth; ++j) {
     const I v = bit_and(x[j], bit_xor(shift_right_signed<31>(x[j]), splat_int(~0u)));

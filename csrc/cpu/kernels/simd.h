@@ -324,6 +324,43 @@ inline float largest(F x) {
 // load_halves: kWidth float16 numbers. unzip: the lanes with even and odd numbers of a, then b.
 // zip_low, zip_high: of every 128 bits, the lanes of a's and b's lower (upper) half in turn.
 
+#if defined(__AVX512F__)
+/// 16 entries by the low 4 bits of each lane, whatever the other bits hold.
+inline F permute(F table, I index) { return _mm512_permutexvar_ps(index, table); }
+/// 32 entries, 64 entries.
+inline F permute(F a, F b, I index) { return _mm512_permutex2var_ps(a, index, b); }
+inline F permute(F a, F b, F c, F d, I index) {
+  const __mmask16 high = _mm512_test_epi32_mask(index, splat_int(32));
+  return _mm512_mask_blend_ps(high, permute(a, b, index), permute(c, d, index));
+}
+inline I increment_less(I x, F a, F b) {
+  return _mm512_mask_add_epi32(x, _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), x, splat_int(1));
+}
+#elif defined(__AVX2__)
+/// 8 entries by the low 3 bits of each lane, whatever the other bits hold.
+inline F permute(F table, I index) { return _mm256_permutevar8x32_ps(table, index); }
+inline I increment_less(I x, F a, F b) {
+  return _mm256_sub_epi32(x, as_int(_mm256_cmp_ps(a, b, _CMP_LT_OQ)));
+}
+#endif
+
+/// Lane i takes lane i ^ Distance, for a power of two below kWidth.
+template <int Distance>
+inline F swap(F x) {
+#if defined(__AVX512F__)
+  if constexpr (Distance == 1) return _mm512_permute_ps(x, 0xb1);
+  if constexpr (Distance == 2) return _mm512_permute_ps(x, 0x4e);
+  return _mm512_shuffle_f32x4(x, x, Distance == 4 ? 0xb1 : 0x4e);
+#elif defined(__AVX2__)
+  if constexpr (Distance == 1) return _mm256_permute_ps(x, 0xb1);
+  if constexpr (Distance == 2) return _mm256_permute_ps(x, 0x4e);
+  return _mm256_permute2f128_ps(x, x, 1);
+#else
+  constexpr int D = Distance;
+  return __builtin_shufflevector(x, x, 0 ^ D, 1 ^ D, 2 ^ D, 3 ^ D);
+#endif
+}
+
 /// Lane i of every 128 bits: the largest of rows[i]'s lanes in the same 128 bits.
 [[gnu::always_inline]] inline F largest_in_quarters(const F (&rows)[4]) {
   const F a = maximum(zip_low(rows[0], rows[1]), zip_high(rows[0], rows[1]));

@@ -33,14 +33,17 @@ inline float dot32(const float* a, const float* b, int64_t n) {
   return sum[0] + sum[1];
 }
 
-/// Up to how many bits the boundaries above 0 fill no more than two registers that can be permuted.
+/// Up to how many bits codes are found by permutations of registers.
 #if defined(__AVX512F__)
-constexpr int kMostPermutedBits = 6;
+constexpr int kMostPermutedBits = 8;
 #elif defined(__AVX2__)
-constexpr int kMostPermutedBits = 4;
+constexpr int kMostPermutedBits = 5;
 #else
 constexpr int kMostPermutedBits = 0;
 #endif
+
+/// Vectors whose codes are found side by side: whole slabs.
+constexpr int kAtOnce = kSlab / kWidth < 4 ? 4 : kSlab / kWidth;
 
 /// Finds codes, the number of boundaries below z, by a uniform grid of cells, each with at most one
 /// boundary inside.
@@ -52,10 +55,12 @@ class CodeSearch {
     return search;
   }
 
-  I find(F z) const {
-    const I cell = cell_of(z);
-    const F below = gather(below_, cell), edge = gather(edge_, cell);
-    return truncate_to_int(select_less(edge, z, below + splat(1.0f), below));
+  void find(const F (&z)[kAtOnce], I (&code)[kAtOnce]) const {
+    for (int i = 0; i < kAtOnce; ++i) {
+      const I cell = cell_of(z[i]);
+      const F below = gather(below_, cell), edge = gather(edge_, cell);
+      code[i] = truncate_to_int(select_less(edge, z[i], below + splat(1.0f), below));
+    }
   }
 
  private:
@@ -89,51 +94,68 @@ class CodeSearch {
 template <int Bits>
 class CodeSearch<Bits, true> {
  public:
-  static CodeSearch get() { return {}; }
+  static const CodeSearch& get() {
+    static const CodeSearch search;
+    return search;
+  }
 
-  I find(F z) const {
-    // Boundaries below -a are all but those up to a, which are those below the next number.
-    const I negative = as_int(select_less(splat(0.0f), z, splat(0.0f), as_float(splat_int(~0u))));
-    const I magnitude = bit_and(as_int(z), splat_int(0x7fffffff));
-    const F a = as_float(sub_int(magnitude, negative));
-    I count = splat_int(0);
-    unroll<Bits - 1>([&](auto step) KVQ_INLINE {
-      constexpr int kHalf = 1 << (Bits - 2 - step);
-      const F edge = edge_at(add_int(count, splat_int(kHalf - 1)));
-      const F half = as_float(splat_int(kHalf));
-      count = bit_or(count, as_int(select_less(edge, a, half, splat(0.0f))));
+  /// Level by level: the chains of one vector after another would not overlap.
+  void find(const F (&z)[kAtOnce], I (&code)[kAtOnce]) const {
+    I negative[kAtOnce];
+    F a[kAtOnce];
+    unroll<kAtOnce>([&](auto i) KVQ_INLINE {
+      // Boundaries below -a are all but those up to a, which are those below the next number.
+      negative[i] = as_int(select_less(splat(0.0f), z[i], splat(0.0f), as_float(splat_int(~0u))));
+      a[i] = as_float(sub_int(bit_and(as_int(z[i]), splat_int(0x7fffffff)), negative[i]));
+      code[i] = splat_int(0);
     });
-    return add_int(bit_xor(count, negative), splat_int(kPositive + 1));
+    unroll<kLevels>([&](auto level) KVQ_INLINE {
+      unroll<kAtOnce>([&](auto i) KVQ_INLINE {
+        const F edge = lookup<1 << level>(edges_[level], code[i]);
+        code[i] = increment_less(add_int(code[i], code[i]), edge, a[i]);
+      });
+    });
+    unroll<kAtOnce>([&](auto i) KVQ_INLINE {
+      code[i] = add_int(bit_xor(code[i], negative[i]), splat_int(1 << kLevels));
+    });
   }
 
  private:
-  static constexpr int kPositive = (1 << (Bits - 1)) - 1;
+  static constexpr int kLevels = Bits - 1;
+  static constexpr int kLargest = 1 << (kLevels - 1);
+  static constexpr int kEntries = kLargest < kWidth ? kWidth : kLargest;
 
   CodeSearch() {
-    float entries[2 * kWidth] = {};
-    std::memcpy(entries, kvq_boundaries(Bits) + kPositive + 1, kPositive * sizeof(float));
-    first_ = load(entries), second_ = load(entries + kWidth);
+    const float* positive = kvq_boundaries(Bits) + (1 << kLevels);
+    for (int level = 0; level < kLevels; ++level) {
+      const int step = 1 << (kLevels - level);
+      for (int i = 0; i < kEntries; ++i) {
+        edges_[level][i] = positive[i % (1 << level) * step + step / 2 - 1];
+      }
+    }
   }
 
-  F edge_at(I index) const {
+  template <int Count>
+  static F lookup(const float* table, I index) {
+    if constexpr (Count == 1) return load(table);
+    if constexpr (Count <= kWidth) return permute(load(table), index);
 #if defined(__AVX512F__)
-    if constexpr (kPositive > kWidth) return _mm512_permutex2var_ps(first_, index, second_);
-    return _mm512_permutexvar_ps(index, first_);
-#else
-    return _mm256_permutevar8x32_ps(first_, index);
+    if constexpr (Count == 32) return permute(load(table), load(table + 16), index);
+    return permute(load(table), load(table + 16), load(table + 32), load(table + 48), index);
 #endif
   }
 
-  F first_, second_;
+  float edges_[kLevels][kEntries];  ///< what halves the boundaries left, by the count so far
 };
 #endif
 
-/// The codes q of one row, as a stream of Bits bits each.
+/// The first count of 32 codes, a multiple of 8, as a stream of Bits bits each.
 template <int Bits>
-inline void pack_row(const uint8_t* q, int64_t n, uint8_t* out) {
-  int64_t i = 0;
-  for (; i + kSlab <= n; i += kSlab, out += 4 * Bits) pack<Bits>(load_bytes(q + i), out);
-  for (; i < n; i += 8, out += Bits) pack8<Bits>(q + i, out);
+inline void pack_some(Bytes x, int64_t count, uint8_t* out) {
+  if (count >= kSlab) return pack<Bits>(x, out);
+  uint8_t q[kSlab];
+  pack<8>(x, q);
+  for (int64_t i = 0; i < count; i += 8, out += Bits) pack8<Bits>(q + i, out);
 }
 
 template <int Bits>
@@ -149,7 +171,7 @@ template <int Bits>
     store(norm + r, round_scale(square_root(load(norm + r) / splat(static_cast<float>(n))), dtype));
   }
   store_scales(norm, dtype, 1, batch.rows, batch.scales);
-  const auto search = CodeSearch<Bits>::get();
+  const CodeSearch<Bits>& search = CodeSearch<Bits>::get();
   for (int r = 0; r < batch.rows; ++r) {
     batch.ask_next(r);
     uint8_t* codes = batch.bytes(r);
@@ -159,13 +181,21 @@ template <int Bits>
     }
     const float* y = batch.y + r * n;
     const F divisor = splat(norm[r] == 0 ? 1.0f : norm[r]);
-    uint8_t q[kMaxHeadDim + kSlab];
-    for (int64_t i = 0; i < n; i += kSlab) {
-      store_codes<8>(q + i,
-                     [&](int j) KVQ_INLINE { return search.find(load(y + i + j) / divisor); });
+    const bool unbiased = encoder == KVQ_ENCODER_UNBIASED;
+    uint8_t q[kMaxHeadDim + kBatchPadding];
+    for (int64_t i = 0; i < n; i += kAtOnce * kWidth) {
+      F z[kAtOnce];
+      I code[kAtOnce];
+      unroll<kAtOnce>([&](auto j) KVQ_INLINE { z[j] = load(y + i + j * kWidth) / divisor; });
+      search.find(z, code);
+      unroll<kAtOnce * kWidth / kSlab>([&](auto slab) KVQ_INLINE {
+        const int64_t first = i + slab * kSlab;
+        const Bytes x = narrow(code + slab * (kSlab / kWidth));
+        pack_some<Bits>(x, n - first, codes + first * Bits / 8);
+        if (unbiased) pack<8>(x, q + first);
+      });
     }
-    pack_row<Bits>(q, n, codes);
-    if (encoder == KVQ_ENCODER_UNBIASED) {
+    if (unbiased) {
       float centroid[kMaxHeadDim];
       for (int64_t i = 0; i < n; ++i) centroid[i] = kvq_codebook(Bits)[q[i]];
       const float dot = dot32(y, centroid, n);
