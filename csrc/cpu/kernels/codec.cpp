@@ -46,8 +46,11 @@ inline void load_values(const char* p, KvqDtype dtype, int64_t n, float* y) {
   load_values<KVQ_FLOAT32>(p, n, y);
 }
 
-int64_t batch_rows(int64_t head_dim) {
-  return std::min<int64_t>(kBatchRows, kBatchValues / head_dim);
+/// 4 KiB of x: with the next batch's, their floats and what is made of them they fit into a
+/// first-level cache.
+int64_t batch_rows(int64_t head_dim, KvqDtype dtype) {
+  const int64_t values = kBatchValues * 2 / dtype_size(dtype);
+  return std::min<int64_t>(kBatchRows, values / head_dim);
 }
 
 /// Rows [first, first + count) of a batch from consecutive tokens of head g: x to centred, rotated
@@ -58,7 +61,7 @@ int64_t batch_rows(int64_t head_dim) {
   const int64_t n = layout.head_dim;
   const bool bounded = args.signs || layout.family == KVQ_FAMILY_TURBOQUANT;
   float* y = batch.y + first * n;
-  const int64_t next = batch_rows(n) * args.x.token_stride;
+  const int64_t next = batch_rows(n, args.x_dtype) * args.x.token_stride;
   for (int r = 0; r < count; ++r, y += n, x += args.x.token_stride) {
     batch.next[first + r] = x + next;
     load_values(x, args.x_dtype, n, y);
@@ -87,7 +90,7 @@ void place_rows(const Rows& out, int64_t b, int64_t g, int64_t slot, int first, 
 
 void encode(const EncodeArgs& args, int64_t begin, int64_t end) {
   const Layout& layout = args.out.layout;
-  const int64_t most = batch_rows(layout.head_dim);
+  const int64_t most = batch_rows(layout.head_dim, args.x_dtype);
   alignas(64) float values[kBatchValues + kBatchPadding];
   Batch batch;
   batch.y = values;

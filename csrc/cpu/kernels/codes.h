@@ -18,9 +18,9 @@ namespace kvq::cpu::KVQ_ISA {
 
 constexpr int64_t kMaxHeadDim = 1024;
 constexpr int kSlab = 32;
-constexpr int kBatchValues = 2048;  // with what is made of them, half of a first-level cache
+constexpr int kBatchValues = 2048;  // at most
 constexpr int kBatchGroups = kBatchValues / kSlab;
-constexpr int kBatchRows = 64;
+constexpr int kBatchRows = kBatchGroups;
 constexpr int kBatchPadding = 64;
 
 /// Centred and rotated rows, one after the other, and where their packed forms go.
