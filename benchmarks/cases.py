@@ -7,6 +7,7 @@ memory as in a model whose other layers evict them. Every result that is timed i
 from __future__ import annotations
 
 import argparse
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -129,12 +130,9 @@ def attention_peer(case: Case, peer: str) -> Function:
 
 def attention_mlx(case: Case) -> Function:
     """MLX's affine codes, read by quantized_matmul, as mlx-lm's quantised cache does; float32."""
-    import mlx.core as mx
-
-    args, fmt = case.args, case.k_format
-    if fmt.family != "affine" or fmt != case.v_format or args.ragged or args.queries > 1:
-        raise SystemExit("--peer mlx has one affine format for K and V, one query, equal lengths")
-    how = {"group_size": fmt.group_size, "bits": fmt.bits}
+    mx, args, how = package("mlx.core"), case.args, mlx_options(case)
+    if args.ragged or args.queries > 1:
+        raise SystemExit("--op attention --peer mlx has one query and equal lengths")
     groups = args.heads // args.kv_heads
     query = mx.array(case.query.float().numpy() * args.head_dim**-0.5)
     query = query.reshape(args.batch, args.kv_heads, groups, args.head_dim)
@@ -188,69 +186,115 @@ def bench_attention(case: Case, peer: str) -> Bench:
 
 def bench_append(case: Case, peer: str) -> Bench:
     """One token's K and V into their slots, against one index_copy_ of as many dense values."""
-    keys, values = case.packed()
+    packed = case.packed()
     new = case.key[:, :, :1].contiguous(), case.value[:, :, :1].contiguous()
     dense = case.key.clone()
-    index = torch.tensor([case.args.tokens // 2])
-    k, v = case.k_format, case.v_format
-    signs = {"k_signs": case.signs(k), "v_signs": case.signs(v)}
+    slot = case.args.tokens // 2
+    index = torch.tensor([slot])
+    formats = case.k_format, case.v_format
+    k_signs, v_signs = (case.signs(fmt) for fmt in formats)
 
     def ours(turn: int) -> None:
-        ops.append_(keys, values, *new, case.args.tokens // 2, k, v, **signs)
+        ops.append_(*packed, *new, slot, *formats, k_signs=k_signs, v_signs=v_signs)
 
     def theirs(turn: int) -> None:
         dense.index_copy_(2, index, new[0])
 
-    before = Packed(*(t.clone() for t in keys))
-    ours(0)
-    slot = case.args.tokens // 2
-    expected = ops.quantize(new[0], k, signs=case.signs(k))
-    for was, now, one in zip(before, keys, expected, strict=True):
-        was[:, :, slot : slot + 1] = one
-        assert torch.equal(was, now)
+    expected = [Packed(*(t.clone() for t in side)) for side in packed]
+    expected_dense = dense.clone()
+    for side, x, fmt in zip(expected, new, formats, strict=True):
+        for t, one in zip(side, ops.quantize(x, fmt, signs=case.signs(fmt)), strict=True):
+            t[:, :, slot : slot + 1] = one
+    expected_dense[:, :, slot : slot + 1] = new[0]
+    ours(0), theirs(0)
+    for side, wanted in zip(packed, expected, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(side, wanted, strict=True))
+    assert torch.equal(dense, expected_dense)
     return Bench(ours, theirs)
+
+
+def check_close(what: str, decoded: torch.Tensor, x: torch.Tensor, fmt: KVFormat) -> None:
+    """What a codec made of x is x, but for what the format loses."""
+    error = (decoded.float() - x.float()).norm() / x.float().norm()
+    bound = 0.1 if fmt.family == "fp8" else 2.0 ** (1 - fmt.bits)
+    assert error < bound, f"{what}: {fmt} loses {error:.3f}"
 
 
 def bench_quantize(case: Case, peer: str) -> Bench:
     """K and V from dense to packed; a memcpy moves the dense bytes."""
     turns = rotation((case.key, case.value))
+    formats = case.k_format, case.v_format
 
     def ours(turn: int) -> list[Packed]:
-        return [
-            ops.quantize(x, fmt)
-            for x, fmt in zip(turns[turn % len(turns)], (case.k_format, case.v_format), strict=True)
-        ]
+        pairs = zip(turns[turn % len(turns)], formats, strict=True)
+        return [ops.quantize(x, fmt) for x, fmt in pairs]
 
-    for packed, fmt, x in zip(
-        ours(0), (case.k_format, case.v_format), (case.key, case.value), strict=True
-    ):
-        error = (ops.dequantize(packed, fmt) - x.float()).norm() / x.float().norm()
-        bound = 0.1 if fmt.family == "fp8" else 2.0 ** (1 - fmt.bits)
-        assert error < bound, f"{fmt} loses {error:.3f}"
-    return Bench(ours, quantize_peer(case, peer), nbytes((case.key, case.value)))
-
-
-def quantize_peer(case: Case, peer: str) -> Function:
-    fmt = case.k_format
+    for packed, fmt, x in zip(ours(0), formats, turns[0], strict=True):
+        check_close("ours", ops.dequantize(packed, fmt), x, fmt)
     if peer == "mlx":
-        import mlx.core as mx
+        theirs = quantize_mlx(case, turns)
+    elif peer == "gguf":
+        theirs = quantize_gguf(case, turns)
+        for packed, rows in zip(ours(0), theirs(0), strict=True):
+            assert torch.equal(packed.codes.flatten(0, 2), torch.from_numpy(rows))
+    else:
+        theirs = copy_peer((case.key, case.value))
+    return Bench(ours, theirs, nbytes((case.key, case.value)))
 
-        # float32: MLX quantises it faster than its half types.
-        arrays = [mx.array(t.float().numpy()) for t in (case.key, case.value)]
-        mx.eval(*arrays)
 
-        def run(turn: int) -> None:
-            packed = [mx.quantize(a, group_size=fmt.group_size, bits=fmt.bits) for a in arrays]
-            mx.eval(*packed)
+def package(name: str) -> Any:
+    """A peer's package."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise SystemExit(f"this peer needs the package {name.partition('.')[0]}") from None
 
-        return run
-    if peer == "gguf":
-        from gguf import GGMLQuantizationType, quants
 
-        rows = [t.float().reshape(-1, case.args.head_dim).numpy() for t in (case.key, case.value)]
-        kind = GGMLQuantizationType[fmt.name.upper()]
-        return lambda turn: [quants.quantize(r, kind) for r in rows]
-    return copy_peer((case.key, case.value))
+def mlx_array(mx: Any, x: torch.Tensor) -> Any:
+    """x as an MLX array of its dtype."""
+    return mx.array(x.float().numpy()).astype(getattr(mx, str(x.dtype).removeprefix("torch.")))
+
+
+def to_torch(array: Any) -> torch.Tensor:
+    return torch.tensor(np.asarray(array.astype(package("mlx.core").float32)))
+
+
+def mlx_options(case: Case) -> dict[str, int]:
+    fmt = case.k_format
+    if fmt.family != "affine" or fmt.rotate or fmt != case.v_format:
+        raise SystemExit("--peer mlx has int8, int4 and int2, unrotated, K and V alike")
+    return {"group_size": fmt.group_size, "bits": fmt.bits}
+
+
+def gguf_type(case: Case) -> tuple[Any, Any]:
+    """The gguf package's quants, and the format's name there."""
+    gguf = package("gguf")
+    if case.k_format.family != "gguf" or case.k_format.rotate or case.k_format != case.v_format:
+        raise SystemExit("--peer gguf has q8_0 and q4_0, unrotated, K and V alike")
+    return gguf.quants, gguf.GGMLQuantizationType[case.k_format.name.upper()]
+
+
+def quantize_mlx(case: Case, turns: list[tuple[torch.Tensor, ...]]) -> Function:
+    """mx.quantize of the same tensors in the same dtype."""
+    mx, how = package("mlx.core"), mlx_options(case)
+    arrays = [[mlx_array(mx, x) for x in turn] for turn in turns]
+    mx.eval(*arrays)
+
+    def run(turn: int) -> Any:
+        packed = [mx.quantize(a, **how) for a in arrays[turn % len(arrays)]]
+        mx.eval(*packed)
+        return packed
+
+    for packed, x in zip(run(0), turns[0], strict=True):
+        check_close("mlx", to_torch(mx.dequantize(*packed, **how)), x, case.k_format)
+    return run
+
+
+def quantize_gguf(case: Case, turns: list[tuple[torch.Tensor, ...]]) -> Function:
+    """The gguf package's quantise, in numpy, of the same values in float32, all that it takes."""
+    quants, kind = gguf_type(case)
+    rows = [[x.float().flatten(0, 2).numpy() for x in turn] for turn in turns]
+    return lambda turn: [quants.quantize(r, kind) for r in rows[turn % len(rows)]]
 
 
 def copy_peer(tensors: tuple[torch.Tensor, ...]) -> Function:
@@ -274,33 +318,39 @@ def bench_dequantize(case: Case, peer: str) -> Bench:
         return ops.dequantize(Packed(*turns[turn % len(turns)]), fmt, dtype=case.dtype)
 
     dense = ours(0)
-    start = (t[:, :, :64] for t in keys)
     expected = reference.dequantize(
-        *start, fmt.name, fmt.group_size, signs=case.signs(fmt), dtype=case.dtype
+        *keys, fmt.name, fmt.group_size, signs=case.signs(fmt), dtype=case.dtype
     )
-    assert torch.equal(dense[:, :, :64], expected)
+    assert torch.equal(dense, expected)
     if peer == "mlx":
         theirs = dequantize_mlx(case)
     elif peer == "gguf":
         theirs = dequantize_gguf(case, turns)
+        rows = torch.from_numpy(theirs(0)).view(dense.shape)
+        assert torch.equal(rows.to(case.dtype), dense)
     else:
         theirs = copy_peer((dense,))
     return Bench(ours, theirs, nbytes((dense,)))
 
 
 def dequantize_mlx(case: Case) -> Function:
-    import mlx.core as mx
-
-    how = {"group_size": case.k_format.group_size, "bits": case.k_format.bits}
-    packed = mx.quantize(mx.array(case.key.float().numpy()), **how)
+    mx, how = package("mlx.core"), mlx_options(case)
+    packed = mx.quantize(mlx_array(mx, case.key), **how)
     mx.eval(*packed)
-    return lambda turn: mx.eval(mx.dequantize(*packed, **how))
+    turns = [[a + 0 for a in packed] for _ in range(copies(sum(a.nbytes for a in packed)))]
+    mx.eval(*turns)
+
+    def run(turn: int) -> Any:
+        dense = mx.dequantize(*turns[turn % len(turns)], **how)
+        mx.eval(dense)
+        return dense
+
+    check_close("mlx", to_torch(run(0)), case.key, case.k_format)
+    return run
 
 
 def dequantize_gguf(case: Case, turns: list[tuple[torch.Tensor, ...]]) -> Function:
-    from gguf import GGMLQuantizationType, quants
-
-    kind = GGMLQuantizationType[case.k_format.name.upper()]
+    quants, kind = gguf_type(case)
     blocks = [turn[0].flatten(0, 2).numpy() for turn in turns]
     return lambda turn: quants.dequantize(blocks[turn % len(blocks)], kind)
 

@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import platform
+import subprocess
 import sys
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from table import LENGTHS, TABLE, rows_of
 from timing import interleaved
 
 import torch_kvq
+from torch_kvq import KVFormat
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PEERS = {
@@ -39,13 +41,25 @@ PEERS = {
 }
 
 
+def checked_format(text: str) -> str:
+    """A format's name, as it is; ValueError names what is wrong with it."""
+    try:
+        KVFormat.parse(text)
+    except ValueError as reason:
+        raise argparse.ArgumentTypeError(str(reason)) from None
+    return text
+
+
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     made.add_argument("--op", choices=PEERS, default="attention")
-    made.add_argument("--format", default="int4-g64", help="K's format, and V's unless given")
-    made.add_argument("--v-format")
+    kind = {"type": checked_format, "metavar": "FORMAT"}
+    made.add_argument(
+        "--format", default="int4-g64", help="K's format, and V's unless given", **kind
+    )
+    made.add_argument("--v-format", **kind)
     made.add_argument("--peer", help="; ".join(f"{op}: {', '.join(p)}" for op, p in PEERS.items()))
     made.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     made.add_argument("--threads", type=int, default=1)
@@ -97,9 +111,7 @@ def run_row(args: argparse.Namespace) -> dict:
         bench = OPS[args.op][0](Case(args), args.peer)
         nbytes = bench.nbytes
         functions = {"ours": bench.ours, "peer": bench.peer}
-        # With several threads: a peer's spinning pool must be asleep before ours starts.
-        pause_s = q4_k.PAUSE_S if args.threads > 1 else 0.0
-        row["times"] = interleaved(functions, budget_s=args.budget, pause_s=pause_s)
+        row["times"] = interleaved(functions, budget_s=args.budget)
     times = row.pop("times")
     ours, peer = times["ours"], times["peer"]
     row |= {
@@ -151,6 +163,16 @@ def processor() -> str:
     return next((x.partition(": ")[2] for x in lines if x.startswith("model name")), "unknown")
 
 
+def commit() -> str:
+    """What is checked out; with a + where files differ from it."""
+    git = ["git", "-C", str(RESULTS), "describe", "--always", "--abbrev=10", "--exclude=*"]
+    try:
+        found = subprocess.run([*git, "--dirty=+"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return found.stdout.strip()
+
+
 def run_all(args: argparse.Namespace) -> None:
     """Run the table's rows and put them into the results file in place of their last results."""
     path = RESULTS / "cpu.json"
@@ -171,6 +193,7 @@ def run_all(args: argparse.Namespace) -> None:
             "cores": os.cpu_count(),
             "torch": torch.__version__,
             "torch_kvq": torch_kvq.__version__,
+            "commit": commit(),
             "capability": torch_kvq._C.cpu_isa(),
         }
         lines = ",\n".join(json.dumps(r) for r in results)
