@@ -1,5 +1,5 @@
 """Constructors and casts of vectors: T(a, b), T{a, b}, (T)x and static_cast<T>(x) become
-msl_make<T>(...).
+msl_make<T>(...). What is made from a comparison of vectors has false and true.
 
 clang's ext vectors have no constructors, and a C-style cast between two of equal size
 reinterprets the bits. T is a vector, or a template parameter or alias that may name one."""
@@ -19,7 +19,7 @@ _SCALARS = frozenset(
     (*_ELEMENTS, "unsigned", "signed", "size_t", "uint8_t", "int8_t", "uint16_t", "int16_t")
 )
 _KEYWORDS = frozenset(("return", "else", "case", "do", "co_return"))
-_RELATIONS = frozenset(("<", ">", "<=", ">=", "==", "!="))
+_RELATIONS = frozenset(("<", ">", "<=", ">=", "==", "!=", "&&", "||"))
 _UNARY = frozenset(("-", "+", "!", "~", "*", "&", "++", "--"))
 
 
@@ -63,6 +63,8 @@ class _Casts:
             if token.kind == "name":
                 if token.text == "static_cast":
                     self._static_cast(i)
+                elif token.text == "auto":
+                    self._deduced(i)
                 elif token.text in self.types:
                     self._constructor(i, i)
                 elif token.text in self.alias_templates and self.source.is_(i + 1, "<"):
@@ -71,6 +73,8 @@ class _Casts:
                         self._constructor(i, end)
             elif token.text == "(":
                 self._c_cast(i)
+                if self.source.is_(i, "("):
+                    self._component(i)
             i += 1
 
     def _type_range(self, start: int, stop: int) -> bool:
@@ -168,42 +172,85 @@ class _Casts:
         return True
 
     def _direct_initialisation(self, start: int, end: int) -> None:
-        """`float4 v(a, b);` inside a function body to `float4 v = msl_make<float4>(a, b);`."""
+        """`float4 v(a, b), w(c);` inside a function body to `float4 v = msl_make<float4>(a, b), ...`,
+        whatever other declarators there are."""
         source, code = self.source, self.source.code
-        paren = end + 2
-        close = source.closing(paren)
-        first = code[paren + 1]
-        if not source.is_(close + 1, ";") or close == paren + 1:
-            return
+        first = code[end + 3]
         if first.kind == "name" and (
-            source.is_name(paren + 2)
+            source.is_name(end + 4)
             or first.text in ("const", "thread", "device", "constant", "threadgroup")
         ):
             return  # parameters of a function declaration
-        if first.text in VECTORS | _SCALARS and not source.is_(paren + 2, "("):
+        if first.text in VECTORS | _SCALARS and not source.is_(end + 4, "("):
             return
-        code[paren].prefix = f" = msl_make<{source.text(start, end + 1)}>"
+        stop = end + 1
+        while not source.is_(stop, ";"):
+            if source.is_(stop, "(", "[", "{"):
+                stop = source.closing(stop)
+            elif source.is_(stop, "}", ")", "]") or stop + 1 == len(code):
+                return
+            stop += 1
+        for name, after in source.split(end + 1, stop):
+            paren = name + 1
+            if source.is_(paren, "(") and source.closing(paren) == after - 1 > paren + 1:
+                code[paren].prefix = f" = msl_make<{source.text(start, end + 1)}>"
 
     def _is_comparison(self, paren: int) -> bool:
-        """Whether the only argument is a relation at its top level."""
-        source, close = self.source, self.source.closing(paren)
-        i, found = paren + 1, False
-        while i < close:
+        """Whether the only argument is a relation, or made of relations, at its top level."""
+        return self._is_boolean(paren + 1, self.source.closing(paren))
+
+    def _is_boolean(self, start: int, stop: int) -> bool:
+        source = self.source
+        i, found, bitwise = start, source.is_(start, "!"), False
+        operands = True  # of &, | and ^: parentheses around relations
+        while i < stop:
             text = source.code[i].text
             if text in ("(", "[", "{"):
+                operands = operands and text == "(" and self._is_comparison(i)
                 i = source.closing(i)
             elif text in (",", "?"):
                 return False
             elif text == "<" and source.is_name(i - 1):
                 end = source.closing_angle(i)
-                if end is not None and end < close and source.is_(end + 1, "(", "::", "{"):
+                if end is not None and end < stop and source.is_(end + 1, "(", "::", "{"):
                     i = end
                 else:
                     found = True
+            elif text == ">" and source.is_(i + 1, ">", ">="):
+                operands = False  # a shift
+                i += 1
             elif text in _RELATIONS:
                 found = True
+            elif text in ("&", "|", "^"):
+                bitwise = True
+            else:
+                operands = False
             i += 1
-        return found
+        return found or (bitwise and operands)
+
+    def _component(self, paren: int) -> None:
+        """`(a < b).x` and `(a < b)[0]`: false and true, not clang's 0 and -1."""
+        source, code = self.source, self.source.code
+        before = code[paren - 1] if paren > 0 else None
+        if before is not None and (
+            (before.kind == "name" and before.text not in _KEYWORDS)
+            or before.text in (")", "]", ">")
+        ):
+            return  # a call
+        if source.is_(source.closing(paren) + 1, ".", "[") and self._is_comparison(paren):
+            code[paren].prefix += "msl_compared"
+
+    def _deduced(self, i: int) -> None:
+        """`auto x = a < b;` likewise."""
+        source, code = self.source, self.source.code
+        if not (source.is_name(i + 1) and source.is_(i + 2, "=")):
+            return
+        stop = i + 3
+        while stop < len(code) and not source.is_(stop, ";", ",", ")", "}"):
+            stop = source.closing(stop) + 1 if source.is_(stop, "(", "[", "{") else stop + 1
+        if source.is_(stop, ";") and self._is_boolean(i + 3, stop):
+            code[i + 3].prefix += "msl_compared("
+            code[stop - 1].suffix += ")"
 
     def _c_cast(self, i: int) -> None:
         """`(T)operand` to `msl_make<T>(operand)`."""

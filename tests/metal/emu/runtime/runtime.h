@@ -152,7 +152,6 @@ enum class Access : uint8_t { kRead, kWrite, kAtomicRead, kAtomicWrite };
 void check_access(uintptr_t address, size_t size, Access kind, uintptr_t pc);
 void settle();  // decides on a store that was seen before it happened
 void begin_checks();
-void end_checks();
 uintptr_t code_offset(uintptr_t pc);
 
 // ---- sanitizers.cpp: what only the asan build knows

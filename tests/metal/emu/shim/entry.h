@@ -204,10 +204,6 @@ constexpr msl_params<sizeof...(P)> msl_describe(void (*)(P...), msl_specs<S...>,
   static void msl_run_##id(void* const* buffers, void* const* memory) {               \
     msl_call(MSL_STRIP function, msl_specs<MSL_STRIP specs>(), buffers, memory);      \
   }
-#define MSL_ENTRY(id, host_name, max_threads, uses, n_uses)                                      \
-  {{host_name, msl_params_##id.param, msl_params_##id.count, (uint)(max_threads), uses, n_uses}, \
-   msl_run_##id,                                                                                 \
-   msl_params_##id.condition}
 
 #elif defined(__NVPTX__)
 MSL_INLINE uint msl_grid_value(msl_attribute attribute, int axis) {

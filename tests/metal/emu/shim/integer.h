@@ -66,7 +66,8 @@ MSL_INLINE bool all(msl_vector<T, N> mask) {
   return all(msl_bools<N>(mask));
 }
 
-// select: the type comes from the first two arguments, which may be a vector and a scalar.
+// select: the type comes from the first two arguments, which may be a vector
+// and a scalar.
 template <class A, class B>
 using msl_selected = conditional_t<
     is_vector<A>::value, A,
@@ -197,6 +198,18 @@ MSL_INLINE V subsat(V a, V b) {
       a, b);
 }
 template <class V>
+MSL_INLINE V madsat(V a, V b, V c) {
+  return msl_integer_map(
+      [](auto x, auto y, auto z) {
+        typedef decltype(x) T;
+        typedef conditional_t<is_signed<T>::value, __int128, unsigned __int128> Wide;
+        typedef numeric_limits<T> L;
+        const Wide r = (Wide)x * (Wide)y + (Wide)z;  // fits
+        return r<(Wide)L::min() ? L::min() : r>(Wide) L::max() ? L::max() : (T)r;
+      },
+      a, b, c);
+}
+template <class V>
 MSL_INLINE constexpr V hadd(V a, V b) {
   return (a >> 1) + (b >> 1) + (a & b & V(1));
 }
@@ -241,11 +254,16 @@ MSL_INLINE float4 unpack_unorm4x8_to_float(uint x) { return msl_unpack<4, uchar>
 MSL_INLINE float4 unpack_snorm4x8_to_float(uint x) { return msl_unpack<4, char>(x, 127.0f); }
 MSL_INLINE float2 unpack_unorm2x16_to_float(uint x) { return msl_unpack<2, ushort>(x, 65535.0f); }
 MSL_INLINE float2 unpack_snorm2x16_to_float(uint x) { return msl_unpack<2, short>(x, 32767.0f); }
-MSL_INLINE half4 unpack_unorm4x8_to_half(uint x) {
-  return __builtin_convertvector(unpack_unorm4x8_to_float(x), half4);
-}
-MSL_INLINE half4 unpack_snorm4x8_to_half(uint x) {
-  return __builtin_convertvector(unpack_snorm4x8_to_float(x), half4);
-}
+#define MSL_PACK_HALF(kind, N)                                            \
+  MSL_INLINE uint pack_half_to_##kind(half##N x) {                        \
+    return pack_float_to_##kind(__builtin_convertvector(x, float##N));    \
+  }                                                                       \
+  MSL_INLINE half##N unpack_##kind##_to_half(uint x) {                    \
+    return __builtin_convertvector(unpack_##kind##_to_float(x), half##N); \
+  }
+MSL_PACK_HALF(unorm4x8, 4)
+MSL_PACK_HALF(snorm4x8, 4)
+MSL_PACK_HALF(unorm2x16, 2)
+MSL_PACK_HALF(snorm2x16, 2)
 
 }  // namespace metal

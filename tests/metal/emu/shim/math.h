@@ -189,11 +189,6 @@ MSL_DEFINE_ALL
 }
 
 #define MSL_INTEGER_VECTORS(M, T) M(T) M(T##2) M(T##3) M(T##4)
-#define MSL_ALL_INTEGER_VECTORS(M)                                                         \
-  MSL_INTEGER_VECTORS(M, char)                                                             \
-  MSL_INTEGER_VECTORS(M, uchar)                                                            \
-  MSL_INTEGER_VECTORS(M, short) MSL_INTEGER_VECTORS(M, ushort) MSL_INTEGER_VECTORS(M, int) \
-      MSL_INTEGER_VECTORS(M, uint) MSL_INTEGER_VECTORS(M, long) MSL_INTEGER_VECTORS(M, ulong)
 #define MSL_ALL_FLOAT_VECTORS(M) MSL_INTEGER_VECTORS(M, float) MSL_INTEGER_VECTORS(M, half)
 
 #define MSL_INTEGER_MINMAX(T)                                               \
@@ -266,18 +261,49 @@ MSL_INLINE T abs(T x) {
   }
 MSL_LDEXP(float)
 MSL_LDEXP(half)
+template <class T, int N>
+MSL_INLINE msl_vector<T, N> ldexp(msl_vector<T, N> x, msl_vector<int, N> e) {
+  for (int i = 0; i < N; ++i) x[i] = ldexp((T)x[i], (int)e[i]);
+  return x;
+}
+template <class T, int N>
+MSL_INLINE msl_vector<T, N> frexp(msl_vector<T, N> x, msl_vector<int, N>& e) {
+  for (int i = 0; i < N; ++i) {
+    int exponent;
+    x[i] = frexp((T)x[i], exponent);
+    e[i] = exponent;
+  }
+  return x;
+}
+template <class T, int N>
+MSL_INLINE msl_vector<int, N> ilogb(msl_vector<T, N> x) {
+  msl_vector<int, N> e = msl_vector<int, N>(0);
+  for (int i = 0; i < N; ++i) e[i] = ilogb((T)x[i]);
+  return e;
+}
+template <class T, int N>
+MSL_INLINE msl_vector<T, N> modf(msl_vector<T, N> x, msl_vector<T, N>& whole) {
+  whole = trunc(x);
+  return copysign(x - whole, x);
+}
 
-#define MSL_GEOMETRIC(T, V)                                             \
-  MSL_INLINE T dot(V a, V b) {                                          \
-    T r = a[0] * b[0];                                                  \
-    for (int i = 1; i < msl_traits<V>::size; ++i) r += a[i] * b[i];     \
-    return r;                                                           \
-  }                                                                     \
-  MSL_INLINE T length_squared(V a) { return dot(a, a); }                \
-  MSL_INLINE T length(V a) { return sqrt(dot(a, a)); }                  \
-  MSL_INLINE T distance(V a, V b) { return length(a - b); }             \
-  MSL_INLINE T distance_squared(V a, V b) { return dot(a - b, a - b); } \
-  MSL_INLINE V normalize(V a) { return a * rsqrt(dot(a, a)); }
+#define MSL_GEOMETRIC(T, V)                                                                     \
+  MSL_INLINE T dot(V a, V b) {                                                                  \
+    T r = a[0] * b[0];                                                                          \
+    for (int i = 1; i < msl_traits<V>::size; ++i) r += a[i] * b[i];                             \
+    return r;                                                                                   \
+  }                                                                                             \
+  MSL_INLINE T length_squared(V a) { return dot(a, a); }                                        \
+  MSL_INLINE T length(V a) { return sqrt(dot(a, a)); }                                          \
+  MSL_INLINE T distance(V a, V b) { return length(a - b); }                                     \
+  MSL_INLINE T distance_squared(V a, V b) { return dot(a - b, a - b); }                         \
+  MSL_INLINE V normalize(V a) { return a * rsqrt(dot(a, a)); }                                  \
+  MSL_INLINE V faceforward(V n, V i, V reference) { return dot(reference, i) < T(0) ? n : -n; } \
+  MSL_INLINE V reflect(V i, V n) { return i - n * (dot(n, i) * T(2)); }                         \
+  MSL_INLINE V refract(V i, V n, T eta) {                                                       \
+    const T d = dot(n, i), k = T(1) - eta * eta * (T(1) - d * d);                               \
+    return k < T(0) ? V(T(0)) : i * eta - n * (eta * d + sqrt(k));                              \
+  }
 MSL_GEOMETRIC(float, float2)
 MSL_GEOMETRIC(float, float3)
 MSL_GEOMETRIC(float, float4)

@@ -41,6 +41,10 @@ struct matrix {
     for (int i = 0; i < C; ++i) a.columns[i] -= b.columns[i];
     return a;
   }
+  friend matrix operator-(matrix a) {
+    for (int i = 0; i < C; ++i) a.columns[i] = -a.columns[i];
+    return a;
+  }
   friend matrix operator*(matrix a, T s) {
     for (int i = 0; i < C; ++i) a.columns[i] *= s;
     return a;
@@ -69,6 +73,22 @@ MSL_INLINE matrix<T, R, C> transpose(const matrix<T, C, R>& a) {
   for (int i = 0; i < C; ++i)
     for (int j = 0; j < R; ++j) r.columns[j][i] = a.columns[i][j];
   return r;
+}
+template <class T, int N>
+MSL_INLINE T determinant(const matrix<T, N, N>& a) {
+  if constexpr (N == 2) {
+    return a.columns[0][0] * a.columns[1][1] - a.columns[1][0] * a.columns[0][1];
+  } else {
+    T sum = T(0);
+    for (int k = 0; k < N; ++k) {  // along the first row
+      matrix<T, N - 1, N - 1> minor(T(0));
+      for (int i = 0; i < N - 1; ++i)
+        for (int j = 0; j < N - 1; ++j) minor.columns[i][j] = a.columns[i + (i >= k)][j + 1];
+      const T term = a.columns[k][0] * determinant(minor);
+      sum = k % 2 == 0 ? sum + term : sum - term;
+    }
+    return sum;
+  }
 }
 #define MSL_DECLARE_MATRICES(T)   \
   typedef matrix<T, 2, 2> T##2x2; \

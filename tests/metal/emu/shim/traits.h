@@ -275,7 +275,17 @@ constexpr bool is_base_of_v = is_base_of<A, B>::value;
 template <class T, class... A>
 constexpr bool is_constructible_v = is_constructible<T, A...>::value;
 
-// What a type without a specialisation has, and what an integer has no use for: zeros.
+// Names of Apple's own headers that public code knows.
+template <class T>
+struct vec_elements : integral_constant<uint, is_vector<T>::value ? msl_traits<T>::size : 0> {};
+template <class T>
+struct __is_valid_simdgroup_type
+    : bool_constant<(msl_is_integer<msl_element<T>> || msl_is_float<msl_element<T>>) &&
+                    sizeof(msl_element<T>) <= 4 && !is_same<msl_element<T>, bool>::value &&
+                    !is_same<msl_element<T>, bfloat>::value> {};
+
+// What a type without a specialisation has, and what an integer has no use for:
+// zeros.
 template <class T>
 struct msl_no_limits {
   static constexpr bool is_specialized = false, is_integer = false, is_exact = false;
@@ -304,17 +314,18 @@ template <class T, bool = msl_is_integer<T>>
 struct msl_limits : msl_no_limits<T> {};
 template <class T>
 struct msl_limits<T, true> : msl_integer_limits<T> {};
+// Under the name by which public code adds types of its own.
 template <class T>
-struct numeric_limits : msl_limits<T> {};
+struct _numeric_limits_impl : msl_limits<T> {};
 template <>
-struct numeric_limits<bool> : msl_no_limits<bool> {
+struct _numeric_limits_impl<bool> : msl_no_limits<bool> {
   static constexpr bool is_specialized = true, is_integer = true, is_exact = true;
   static constexpr int digits = 1, radix = 2;
   static constexpr bool max() { return true; }
 };
 #define MSL_FLOAT_LIMITS(T, largest, smallest, denormal, eps, bits, exponent)   \
   template <>                                                                   \
-  struct numeric_limits<T> : msl_no_limits<T> {                                 \
+  struct _numeric_limits_impl<T> : msl_no_limits<T> {                           \
     static constexpr bool is_specialized = true, is_signed = true;              \
     static constexpr bool has_infinity = true, has_quiet_NaN = true;            \
     static constexpr int digits = bits, digits10 = (bits - 1) * 30103 / 100000; \
@@ -332,6 +343,8 @@ struct numeric_limits<bool> : msl_no_limits<bool> {
 MSL_FLOAT_LIMITS(float, 0x1.fffffep127f, 0x1p-126f, 0x1p-149f, 0x1p-23f, 24, 128)
 MSL_FLOAT_LIMITS(half, 65504.0f, 0x1p-14f, 0x1p-24f, 0x1p-10f, 11, 16)
 MSL_FLOAT_LIMITS(bfloat, 0x1.fep127f, 0x1p-126f, 0x1p-133f, 0x1p-7f, 8, 128)
+template <class T>
+struct numeric_limits : _numeric_limits_impl<T> {};
 
 template <class T, size_t N>
 struct array {

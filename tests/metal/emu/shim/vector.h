@@ -93,18 +93,27 @@ MSL_INLINE msl_bools<N> msl_bools_of(F f) {
   for (int i = 0; i < N; ++i) r[i] = f(i);
   return r;
 }
-#define MSL_BOOLS_OPERATOR(op, name)                                                  \
+#define MSL_BOOLS_OPERATOR(op)                                                        \
   template <int N>                                                                    \
   MSL_INLINE msl_bools<N> operator op(const msl_bools<N>& a, const msl_bools<N>& b) { \
-    return msl_bools_of<N>([&](int i) { return bool(a[i] name b[i]); });              \
+    return msl_bools_of<N>([&](int i) { return bool(a[i] op b[i]); });                \
+  }                                                                                   \
+  /* What a comparison of vectors gives is a mask. */                                 \
+  template <int N, class T>                                                           \
+  MSL_INLINE msl_bools<N> operator op(const msl_bools<N>& a, msl_vector<T, N> b) {    \
+    return a op msl_bools<N>(b);                                                      \
+  }                                                                                   \
+  template <int N, class T>                                                           \
+  MSL_INLINE msl_bools<N> operator op(msl_vector<T, N> a, const msl_bools<N>& b) {    \
+    return msl_bools<N>(a) op b;                                                      \
   }
-MSL_BOOLS_OPERATOR(&&, &&)
-MSL_BOOLS_OPERATOR(||, ||)
-MSL_BOOLS_OPERATOR(&, &)
-MSL_BOOLS_OPERATOR(|, |)
-MSL_BOOLS_OPERATOR(^, ^)
-MSL_BOOLS_OPERATOR(==, ==)
-MSL_BOOLS_OPERATOR(!=, !=)
+MSL_BOOLS_OPERATOR(&&)
+MSL_BOOLS_OPERATOR(||)
+MSL_BOOLS_OPERATOR(&)
+MSL_BOOLS_OPERATOR(|)
+MSL_BOOLS_OPERATOR(^)
+MSL_BOOLS_OPERATOR(==)
+MSL_BOOLS_OPERATOR(!=)
 template <int N>
 MSL_INLINE msl_bools<N> operator!(const msl_bools<N>& a) {
   return msl_bools_of<N>([&](int i) { return !a[i]; });
@@ -220,7 +229,14 @@ MSL_INLINE constexpr V msl_make(A... a) {
     return v;
   }
 }
-// T(a < b): a comparison of vectors is a mask of 0 and -1 in clang, false and true in Metal.
+// A comparison of vectors is a mask of 0 and -1 in clang, false and true in Metal.
+template <class A>
+MSL_INLINE constexpr auto msl_compared(A a) {
+  if constexpr (msl_traits<A>::is_vector)
+    return msl_bools<msl_traits<A>::size>(a);
+  else
+    return a;
+}
 template <class V, class A>
 MSL_INLINE constexpr V msl_make_from_comparison(A a) {
   if constexpr (msl_traits<A>::is_vector)
