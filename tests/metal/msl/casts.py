@@ -172,8 +172,8 @@ class _Casts:
         return True
 
     def _direct_initialisation(self, start: int, end: int) -> None:
-        """`float4 v(a, b), w(c);` inside a function body to `float4 v = msl_make<float4>(a, b), ...`,
-        whatever other declarators there are."""
+        """`float4 v(a, b), w(c);` inside a function body to `float4 v = msl_make<float4>(a, b),
+        w = msl_make<float4>(c);`."""
         source, code = self.source, self.source.code
         first = code[end + 3]
         if first.kind == "name" and (
