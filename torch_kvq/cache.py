@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
 
 from torch_kvq import ops, serialization
-from torch_kvq.codebooks import SIGNS_SEED, hadamard_signs
-from torch_kvq.formats import FLOAT_DTYPES, SCALE_DTYPES, KVFormat, default_scale_dtype
-from torch_kvq.memory import zeros
+from torch_kvq.cache_state import CacheState
+from torch_kvq.codebooks import SIGNS_SEED
+from torch_kvq.formats import SCALE_DTYPES, KVFormat, default_scale_dtype
 from torch_kvq.ops import Format, Packed
-from torch_kvq.storage import KVView, after_slots, grow, with_exact, write_first
+from torch_kvq.storage import KVView, after_slots, with_exact, write_first
 
 _NONE = KVFormat("none")
 #: How far crop may go back in a ring or a recent window, unless said.
@@ -27,19 +25,7 @@ def makes_ring(window: int, capacity: int | None) -> bool:
     return window > 0 and (capacity is None or capacity >= window)
 
 
-@dataclass
-class _HostLength:
-    """The longest row's length, where the host knows it; None after compiled steps.
-
-    Not an attribute of the module itself: torch.compile would specialise on its value.
-    """
-
-    value: int | None = 0
-    #: the oldest position that a crop may make visible again (ring or recent window)
-    oldest: int = 0
-
-
-class QuantizedKVCache(nn.Module):
+class QuantizedKVCache(CacheState):
     """The keys and values of one attention layer, packed.
 
     Letters as in :mod:`torch_kvq.ops`: B batch, G KV heads, S capacity, D and Dv head sizes.
@@ -52,7 +38,9 @@ class QuantizedKVCache(nn.Module):
         value_dim: Dv, D unless given.
         capacity: tokens to hold, allocated at once; lengths are then an int64 [B] tensor on the
             device, so that a step compiles to one graph and rows may differ in length. Without
-            it the cache grows by blocks of ``block_size`` and all rows have one length.
+            it the cache grows and all rows have one length.
+        block_size: tokens by which it grows at least, where that leaves it no larger than a dense
+            cache of dtype; a long one grows by an eighth.
         window: > 0: sliding-window attention; a ring holds window + rollback_tokens tokens, or
             the capacity if that is less and holds the window.
         sink_tokens, recent_tokens: the first and the last tokens that attention reads in full
@@ -67,22 +55,6 @@ class QuantizedKVCache(nn.Module):
     Quantisation is per token, so ``crop`` is exact: append, crop, append leaves the bytes and
     outputs of never having appended.
     """
-
-    k_codes: torch.Tensor
-    k_scales: torch.Tensor
-    k_biases: torch.Tensor
-    v_codes: torch.Tensor
-    v_scales: torch.Tensor
-    v_biases: torch.Tensor
-    k_signs: torch.Tensor | None
-    v_signs: torch.Tensor | None
-    k_mean: torch.Tensor | None
-    v_mean: torch.Tensor | None
-    k_sink: torch.Tensor
-    v_sink: torch.Tensor
-    k_recent: torch.Tensor
-    v_recent: torch.Tensor
-    lengths: torch.Tensor
 
     def __init__(
         self,
@@ -123,8 +95,6 @@ class QuantizedKVCache(nn.Module):
         ):
             if count < 0:
                 raise ValueError(f"[kvq.cache] {name} must not be negative, got {count}")
-        if dtype not in FLOAT_DTYPES:
-            raise TypeError(f"[kvq.cache] dtype must be float32, float16 or bfloat16, got {dtype}")
         scale_dtype = scale_dtype or default_scale_dtype(dtype)
         if scale_dtype not in SCALE_DTYPES:
             raise TypeError(f"[kvq.cache] scale_dtype must be a float dtype, got {scale_dtype}")
@@ -135,8 +105,10 @@ class QuantizedKVCache(nn.Module):
         self.window, self.rollback_tokens, self.block_size = window, rollback_tokens, block_size
         self.sink_tokens, self.recent_tokens = sink_tokens, recent_tokens
         self.signs_seed = signs_seed
-        self.k_encoder = self._encoder(k_encoder, self.k_format, "unbiased")
-        self.v_encoder = self._encoder(v_encoder, self.v_format, "default")
+        if k_encoder == "auto" and self.k_format.family == "turboquant":
+            k_encoder = "unbiased"
+        self.k_encoder = "default" if k_encoder == "auto" else k_encoder
+        self.v_encoder = "default" if v_encoder == "auto" else v_encoder
         #: most tokens the storage may hold; None grows without bound
         self.limit = capacity
         self.ring = makes_ring(window, capacity)
@@ -145,96 +117,7 @@ class QuantizedKVCache(nn.Module):
             self.limit = most if capacity is None else min(most, capacity)
         #: most tokens a row may have; a ring has no such bound, unless its model sets one
         self.max_length = None if self.ring else capacity
-        first = (self.limit or 0) if self.static else 0
-        make: dict[str, Any] = dict(dtype=dtype, scale_dtype=scale_dtype, device=device)
-        self._register("k", self.k_format.empty(batch_size, kv_heads, first, head_dim, **make))
-        self._register(
-            "v", self.v_format.empty(batch_size, kv_heads, first, self.value_dim, **make)
-        )
-        for side, fmt, size, mean in (
-            ("k", self.k_format, head_dim, k_mean),
-            ("v", self.v_format, self.value_dim, v_mean),
-        ):
-            signs = hadamard_signs(size, signs_seed, device) if fmt.rotate else None
-            self.register_buffer(f"{side}_signs", signs, persistent=False)
-            if mean is not None:
-                mean = mean.to(device=device, dtype=torch.float32).reshape(kv_heads, size)
-            self.register_buffer(f"{side}_mean", mean, persistent=False)
-        for window_name, tokens in (
-            ("sink", sink_tokens),
-            ("recent", recent_tokens + rollback_tokens if recent_tokens else 0),
-        ):
-            for side, size in (("k", head_dim), ("v", self.value_dim)):
-                dense = _NONE.empty(batch_size, kv_heads, tokens, size, **make)[0]
-                self.register_buffer(f"{side}_{window_name}", dense, persistent=False)
-        lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        self.register_buffer("lengths", lengths if self.static else None, persistent=False)
-        self._host = _HostLength()
-
-    @staticmethod
-    def _encoder(wanted: str, fmt: KVFormat, turboquant: str) -> str:
-        if wanted != "auto":
-            return wanted
-        return turboquant if fmt.family == "turboquant" else "default"
-
-    def _register(self, side: str, packed: tuple[torch.Tensor, ...]) -> None:
-        for name, tensor in zip(Packed._fields, packed, strict=True):
-            self.register_buffer(f"{side}_{name}", tensor, persistent=False)
-
-    def _apply(self, fn: Callable, recurse: bool = True) -> QuantizedKVCache:
-        """Move with .to() and friends, but keep every dtype: .half() must not damage scales."""
-
-        def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        return super()._apply(keep_dtype, recurse)
-
-    # -- state ------------------------------------------------------------------------------
-
-    @property
-    def keys(self) -> Packed:
-        """Packed K [B, G, S, row]."""
-        return self._packed("k_codes", "k_scales", "k_biases")
-
-    @property
-    def values(self) -> Packed:
-        """Packed V [B, G, S, row]."""
-        return self._packed("v_codes", "v_scales", "v_biases")
-
-    def _packed(self, codes: str, scales: str, biases: str) -> Packed:
-        # nn.Module finds a buffer after two failures, which per step costs more than the append.
-        buffers = self._buffers
-        return Packed(buffers[codes], buffers[scales], buffers[biases])  # type: ignore[arg-type]
-
-    @property
-    def capacity(self) -> int:
-        """Tokens the storage holds now."""
-        return self._buffers["k_codes"].shape[2]  # type: ignore[union-attr]
-
-    @property
-    def device(self) -> torch.device:
-        return self.k_codes.device
-
-    @property
-    def length(self) -> int:
-        """Tokens appended and not cropped, of the longest row.
-
-        After compiled steps this reads the device.
-        """
-        if self._host.value is None:
-            self._host.value = int(self.lengths.max()) if self.batch_size else 0
-        return self._host.value
-
-    @property
-    def kv_length(self) -> int | torch.Tensor:
-        """The length as the ops take it: int64 [B] with a static capacity, else an int."""
-        return self._buffers["lengths"] if self.static else self._host.value  # type: ignore[return-value]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of every buffer: packed rows, full-precision windows, signs, means, lengths."""
-        return sum(b.untyped_storage().nbytes() for b in self.buffers())
+        self._make_buffers({"k": k_mean, "v": v_mean}, device)
 
     def extra_repr(self) -> str:
         shape = f"{self.batch_size}, {self.kv_heads}, {self.head_dim}"
@@ -275,7 +158,7 @@ class QuantizedKVCache(nn.Module):
         overflow = None
         if self.ring and not was_empty and self._overwrites_windows(tokens):
             overflow = self._linear_view(key, value)
-        self._reserve(tokens)
+        self.reserve(tokens)
         ops.append_(
             self.keys,
             self.values,
@@ -390,78 +273,6 @@ class QuantizedKVCache(nn.Module):
             tokens,
             start=start,
         )
-
-    def _reserve(self, tokens: int) -> None:
-        """Grow the storage by blocks so that ``tokens`` more fit (a ring: up to its size)."""
-        if self.static:
-            return
-        wanted = (self._host.value or 0) + tokens
-        if self.limit is not None:
-            wanted = min(wanted, self.limit)
-        if wanted <= self.capacity:
-            return
-        # An eighth more than needed keeps the copying linear in the final length.
-        capacity = -(-(wanted + wanted // 8) // self.block_size) * self.block_size
-        if self.limit is not None:
-            capacity = min(capacity, self.limit)
-        for side in ("k", "v"):
-            for name in Packed._fields:
-                grown = grow(getattr(self, f"{side}_{name}"), capacity)
-                setattr(self, f"{side}_{name}", grown)
-
-    def _advance(self, tokens: int, lengths: torch.Tensor | None) -> None:
-        if self.static:
-            self._buffers["lengths"].add_(tokens if lengths is None else lengths)  # type: ignore[union-attr]
-        if torch.compiler.is_compiling() and self.static:
-            self._host.value = None
-        elif self._host.value is not None:
-            if lengths is not None:
-                self._host.value = None
-            else:
-                self._host.value += tokens
-        self._forget_overwritten()
-
-    def _forget_overwritten(self) -> None:
-        """Raise the oldest position that the ring or the recent window still holds."""
-        if self._host.value is None:
-            return
-        if not (self.ring or self.recent_tokens):
-            return
-        for size in (self.limit if self.ring else 0, self.k_recent.shape[2]):
-            if size:
-                self._host.oldest = max(self._host.oldest, self._host.value - size)
-
-    def set_rollback(self, tokens: int) -> None:
-        """Make ``tokens`` the rollback_tokens of a growing cache: move its ring and recent window.
-
-        What is overwritten stays so; a smaller number frees the storage at once.
-        """
-        if self.static:
-            raise RuntimeError("[kvq.cache] rollback_tokens of a static cache are fixed")
-        self._forget_overwritten()
-        names = [f"{side}_{name}" for side in "kv" for name in Packed._fields]
-        if self.ring:
-            self.limit = self.window + tokens
-            self._move_ring(names, self.limit)
-        if self.recent_tokens:
-            self._move_ring(["k_recent", "v_recent"], self.recent_tokens + tokens)
-        self.rollback_tokens = tokens
-        self._forget_overwritten()
-
-    def _move_ring(self, names: list[str], most: int) -> None:
-        """Let buffers that hold position p in slot p mod S hold up to ``most`` positions."""
-        length = self.length
-        for name in names:
-            old = getattr(self, name)
-            wraps = length > min(old.shape[2], most)
-            size = most if wraps or name.endswith("recent") else min(old.shape[2], most)
-            first = length - min(length, old.shape[2], size)
-            positions = torch.arange(first, length, device=old.device)
-            shape = (*old.shape[:2], size, old.shape[3])
-            moved = zeros(*shape, dtype=old.dtype, device=old.device)
-            if old.shape[2]:
-                moved[:, :, positions % max(size, 1)] = old[:, :, positions % old.shape[2]]
-            setattr(self, name, moved)
 
     def _write_windows(
         self, key: torch.Tensor, value: torch.Tensor, past: int | torch.Tensor
@@ -628,76 +439,6 @@ class QuantizedKVCache(nn.Module):
         """Append, then :meth:`dequantized`: for code that wants dense tensors."""
         self.append(key, value)
         return self.dequantized()
-
-    # -- editing ----------------------------------------------------------------------------
-
-    def crop(self, tokens: int) -> None:
-        """Drop the newest ``tokens`` tokens of every row, exactly.
-
-        Raises:
-            IndexError: more tokens than there are.
-            RuntimeError: a ring or a recent window no longer holds what would become visible
-                (more than rollback_tokens back); nothing is changed.
-        """
-        if tokens < 0:
-            raise IndexError(f"[kvq.crop] tokens must not be negative, got {tokens}")
-        if tokens == 0:
-            return
-        length = self.length
-        shortest = int(self.lengths.min()) if self.static and self.batch_size else length
-        if tokens > shortest:
-            raise IndexError(f"[kvq.crop] cannot drop {tokens} tokens of {shortest}")
-        self._forget_overwritten()
-        left = length - tokens
-        needed = left
-        if self.ring:
-            needed = min(needed, left - self.window + 1)
-        if self.recent_tokens:
-            needed = min(needed, max(left - self.recent_tokens, min(left, self.sink_tokens)))
-        if max(needed, 0) < self._host.oldest:
-            raise RuntimeError(
-                f"[kvq.crop] cannot drop {tokens} tokens: the tokens before position "
-                f"{self._host.oldest} that would become visible again are overwritten; give the "
-                f"cache more rollback_tokens than {self.rollback_tokens}"
-            )
-        self._host.value = left
-        if self.static:
-            self.lengths.sub_(tokens)
-        if left == 0:
-            self._host.oldest = 0
-
-    def reset(self) -> None:
-        """Forget every token; the storage stays allocated."""
-        self._host.value = self._host.oldest = 0
-        if self.static:
-            self.lengths.zero_()
-
-    def _row_buffers(self) -> dict[str, torch.Tensor]:
-        """Every buffer with one row per batch row."""
-        names = [f"{side}_{name}" for side in "kv" for name in (*Packed._fields, "sink", "recent")]
-        buffers = {name: getattr(self, name) for name in [*names, "lengths"]}
-        return {name: buffer for name, buffer in buffers.items() if buffer is not None}
-
-    def _replace_rows(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        for name, buffer in self._row_buffers().items():
-            setattr(self, name, fn(buffer))
-        self.batch_size = self.k_codes.shape[0]
-
-    def reorder(self, rows: torch.Tensor) -> None:
-        """Row i becomes old row rows[i] (beam search), rows int64 [B]."""
-        if not self.static:
-            return self.select(rows)
-        # In place: compiled code holds on to a static cache's storage.
-        for buffer in self._row_buffers().values():
-            buffer.copy_(buffer.index_select(0, rows.to(buffer.device)))
-
-    def select(self, rows: torch.Tensor) -> None:
-        """Keep rows ``rows`` of the batch: int64 or bool, as an index of dimension 0."""
-        self._replace_rows(lambda t: t[rows.to(t.device)].contiguous())
-
-    def repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row ``repeats`` times in place of one."""
-        self._replace_rows(lambda t: t.repeat_interleave(repeats, 0))
 
     # -- files ------------------------------------------------------------------------------
 

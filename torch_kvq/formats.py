@@ -182,13 +182,20 @@ class KVFormat:
         """dtype of ``codes`` for a cache of ``dtype``: uint8, or ``dtype`` itself for ``none``."""
         return dtype if self.family == "none" else torch.uint8
 
+    def rows(
+        self, head_dim: int, dtype: torch.dtype, scale_dtype: torch.dtype | None = None
+    ) -> tuple[tuple[int, torch.dtype], ...]:
+        """Elements and dtype of a row of codes, of scales and of biases, for a cache of dtype."""
+        scale_dtype = scale_dtype or default_scale_dtype(dtype)
+        return (
+            (self.codes_row(head_dim), self.codes_dtype(dtype)),
+            (self.scales_row(head_dim), scale_dtype),
+            (self.biases_row(head_dim), scale_dtype),
+        )
+
     def row_nbytes(self, head_dim: int, dtype: torch.dtype, scale_dtype: torch.dtype | None) -> int:
         """Bytes that one vector of ``head_dim`` elements of ``dtype`` takes when packed."""
-        scale_size = (scale_dtype or default_scale_dtype(dtype)).itemsize
-        return (
-            self.codes_row(head_dim) * self.codes_dtype(dtype).itemsize
-            + (self.scales_row(head_dim) + self.biases_row(head_dim)) * scale_size
-        )
+        return sum(row * kind.itemsize for row, kind in self.rows(head_dim, dtype, scale_dtype))
 
     def bits_per_element(self, head_dim: int, dtype: torch.dtype = torch.bfloat16) -> float:
         """Bits per element with scales and biases counted."""
@@ -206,13 +213,10 @@ class KVFormat:
         device: torch.device | str | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Zero-filled ``(codes, scales, biases)`` of ``[batch, heads, capacity, row]``."""
-        scale_dtype = scale_dtype or default_scale_dtype(dtype)
-        lead = (batch, heads, capacity)
-        return (
-            zeros(*lead, self.codes_row(head_dim), dtype=self.codes_dtype(dtype), device=device),
-            zeros(*lead, self.scales_row(head_dim), dtype=scale_dtype, device=device),
-            zeros(*lead, self.biases_row(head_dim), dtype=scale_dtype, device=device),
-        )
+        rows = self.rows(head_dim, dtype, scale_dtype)
+        specs = [((batch, heads, capacity, row), kind) for row, kind in rows]
+        codes, scales, biases = zeros(*specs, device=device)
+        return codes, scales, biases
 
 
 def default_scale_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -22,7 +22,8 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from contextlib import suppress
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedConfig
@@ -52,6 +53,38 @@ CACHE_ARGUMENT = (
 )
 CARRIERS = ("auto", "handle", "tensor")
 _QUANTIZED_LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
+
+
+class Sizes(NamedTuple):
+    """What a layer learns from its first keys and values."""
+
+    batch_size: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, key: torch.Tensor, value: torch.Tensor) -> Sizes:
+        batch_size, kv_heads, _, head_dim = key.shape
+        return cls(batch_size, kv_heads, head_dim, value.shape[3], key.dtype, key.device)
+
+    @classmethod
+    def expected(cls, config: PreTrainedConfig) -> Sizes | None:
+        """Of one sequence on the CPU, if the config tells."""
+        heads = getattr(config, "num_attention_heads", None)
+        hidden = getattr(config, "hidden_size", None)
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        head_dim = getattr(config, "head_dim", None)
+        if not head_dim and isinstance(heads, int) and isinstance(hidden, int):
+            head_dim = hidden // heads
+        if not (isinstance(kv_heads, int) and isinstance(head_dim, int)):
+            return None
+        dtype = config.dtype
+        if not isinstance(dtype, torch.dtype):
+            dtype = torch.get_default_dtype()
+        return cls(1, kv_heads, head_dim, head_dim, dtype, torch.device("cpu"))
 
 
 class KVQLayer(CacheLayerMixin):
@@ -86,24 +119,21 @@ class KVQLayer(CacheLayerMixin):
         #: tokens since the last crop
         self._recorded = 0
         self._varying: tuple[Any, dict[str, torch.Tensor | None]] | None = None
+        #: the layers of the same model cache
+        self.siblings: Sequence[KVQLayer] = ()
+        self._prepared: QuantizedKVCache | None = None
+        self._sizes: Sizes | None = None
+        # What lazy_initialization sets: an attribute more would move __dict__ in a prefill's heap.
+        self.batch_size = self.rollback_tokens = 0
+        self.dtype: torch.dtype | None = None
+        self.device: torch.device | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.batch_size, heads, _, head_dim = key_states.shape
-        value_dim = value_states.shape[-1]
-        self.cache = QuantizedKVCache(
-            self.batch_size,
-            heads,
-            head_dim,
-            value_dim=value_dim,
-            k_format=fit_group(self.k_format, head_dim),
-            v_format=fit_group(self.v_format, value_dim),
-            capacity=self.max_cache_len,
-            window=self.window,
-            dtype=self.dtype,
-            device=self.device,
-            **self.options,
-        )
+        self.batch_size = key_states.shape[0]
+        sizes = Sizes.of(key_states, value_states)
+        self.cache = self._take_prepared(sizes) or self._make_cache(sizes)
+        self._prepared, self._sizes = None, sizes
         if self.bound is not None:
             self.cache.max_length = self.bound
         if self.is_compileable and not torch.compiler.is_compiling():
@@ -113,6 +143,54 @@ class KVQLayer(CacheLayerMixin):
             self._varying = self.cache._host, self.cache._buffers
         self.rollback_tokens = self.cache.rollback_tokens
         self.is_initialized = True
+
+    def _make_cache(self, sizes: Sizes) -> QuantizedKVCache:
+        return QuantizedKVCache(
+            sizes.batch_size,
+            sizes.kv_heads,
+            sizes.head_dim,
+            value_dim=sizes.value_dim,
+            k_format=fit_group(self.k_format, sizes.head_dim),
+            v_format=fit_group(self.v_format, sizes.value_dim),
+            capacity=self.max_cache_len,
+            window=self.window,
+            dtype=sizes.dtype,
+            device=sizes.device,
+            **self.options,
+        )
+
+    # What is made between the layers of a prefill stays between its intermediates on malloc's
+    # heap, however small, and keeps their holes from being used again: the peak of resident memory
+    # was up to twice as high. So a model's layers are made together with the cache, and get their
+    # room together when the first of them does.
+
+    def prepare(self, sizes: Sizes) -> None:
+        """Make the storage before the first update, for sizes that are likely."""
+        with suppress(ValueError, RuntimeError):  # what fits the layer may not fit these sizes
+            self._prepared, self._sizes = self._make_cache(sizes), sizes
+
+    def _take_prepared(self, sizes: Sizes) -> QuantizedKVCache | None:
+        """The prepared storage, made anew where only rows, dtype or device are others."""
+        if self._prepared is None or self._sizes is None or self._sizes[1:4] != sizes[1:4]:
+            return None
+        if self._sizes != sizes:
+            scale_dtype = self.options.get("scale_dtype")
+            self._prepared.remake(sizes.batch_size, sizes.dtype, scale_dtype, sizes.device)
+            self._sizes = sizes
+        return self._prepared
+
+    def _is_full(self, tokens: int) -> bool:
+        """Whether a growing cache in the CPU's memory has no room for ``tokens`` more."""
+        cache = self.cache
+        if self.is_compileable or cache is None or torch.compiler.is_compiling():
+            return False
+        return cache.device.type == "cpu" and cache.length + tokens > cache.capacity != cache.limit
+
+    def _reserve(self, sizes: Sizes, tokens: int) -> None:
+        """Room for ``tokens`` more of these sizes."""
+        cache = self.cache or self._take_prepared(sizes)
+        if cache is not None:
+            cache.reserve(tokens)
 
     def _record(self, tokens: int) -> None:
         """Keep what these tokens would push out of a ring or a recent window."""
@@ -130,6 +208,10 @@ class KVQLayer(CacheLayerMixin):
         mask_sizes = self.get_mask_sizes(key_states.shape[2])
         if self.record_past and not self.cache.static:
             self._record(key_states.shape[2])
+        tokens = key_states.shape[2]
+        if self._is_full(tokens):
+            for layer in self.siblings:
+                layer._reserve(self._sizes, tokens)  # type: ignore[arg-type]
         view = self.cache.append(key_states, value_states)
         keys, values = (self._carry(view, side, mask_sizes) for side in "kv")
         return keys, values
@@ -216,6 +298,8 @@ class KVQLayer(CacheLayerMixin):
             self.cache.reset()
         else:
             self.cache, self.is_initialized = None, False
+            if self._sizes is not None:
+                self.prepare(self._sizes)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         if self.cache is not None:
@@ -316,8 +400,11 @@ class KVQCache(Cache):
             layers.append(KVQLayer(formats[0], formats[1], **arguments_here))
         super().__init__(layers=layers)
         self.config = config
+        sizes = Sizes.expected(config)
         for quantized in self.quantized_layers:
-            quantized.bound = self.max_cache_len
+            quantized.bound, quantized.siblings = self.max_cache_len, self.quantized_layers
+            if sizes is not None and not torch.accelerator.is_available():
+                quantized.prepare(sizes)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write every layer's tokens to one safetensors file, atomically; see

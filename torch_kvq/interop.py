@@ -184,7 +184,7 @@ def _fill(cache: QuantizedKVCache, keys: Packed, values: Packed, length: int, op
         )
     if cache.static and not cache.ring and length > cache.capacity:
         raise IndexError(f"[kvq.{op}] {length} tokens exceed the capacity {cache.capacity}")
-    cache._reserve(length)
+    cache.reserve(length)
     first = max(0, length - cache.capacity)
     slots = torch.arange(first, length, device=cache.device) % max(cache.capacity, 1)
     for given, own in ((keys, cache.keys), (values, cache.values)):

@@ -4,28 +4,41 @@ from __future__ import annotations
 
 import math
 import mmap
+from collections.abc import Sequence
 
 import torch
 
-#: Smaller tensors come from PyTorch's allocator.
-MAPPED_BYTES = 1 << 16
+#: Less than this comes from PyTorch's allocator.
+MAPPED_BYTES = 1 << 14
+#: Of each tensor in a mapping, as PyTorch aligns its own.
+_ALIGNMENT = 64
 
 
 def zeros(
-    *shape: int, dtype: torch.dtype, device: torch.device | str | None = None
-) -> torch.Tensor:
-    """torch.zeros for storage that lives long.
+    *specs: tuple[Sequence[int], torch.dtype], device: torch.device | str | None = None
+) -> list[torch.Tensor]:
+    """Zero tensors of these shapes and dtypes, for storage that lives long.
 
-    On the CPU its pages come straight from the system, zero and not resident before something is
-    written to them: capacity that is not used yet costs nothing. And it stays out of malloc's heap,
-    where it would lie between a forward pass's intermediates and keep their holes resident.
+    On the CPU they come from one mapping of pages straight from the system, zero and not resident
+    before something is written to them: capacity that is not used yet costs nothing. And they stay
+    out of malloc's heap, where they would lie between a forward pass's intermediates and keep their
+    holes resident. Each has a storage of its own.
     """
-    count = math.prod(shape)
-    if count * dtype.itemsize < MAPPED_BYTES or not _may_map(device):
-        return torch.zeros(*shape, dtype=dtype, device=device)
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    pages = mmap.mmap(-1, count * dtype.itemsize, flags=flags)
-    return torch.frombuffer(pages, dtype=dtype, count=count).view(*shape)
+    offsets, total = [], 0
+    for shape, dtype in specs:
+        offsets.append(total)
+        total += -(-math.prod(shape) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+    if total < MAPPED_BYTES or not _may_map(device):
+        return [torch.zeros(*shape, dtype=dtype, device=device) for shape, dtype in specs]
+    pages = mmap.mmap(-1, total, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    made = []
+    for (shape, dtype), offset in zip(specs, offsets, strict=True):
+        if count := math.prod(shape):
+            x = torch.frombuffer(pages, dtype=dtype, count=count, offset=offset)
+            made.append(x.resize_(shape))  # not a view: that is two tensors
+        else:
+            made.append(torch.empty(shape, dtype=dtype))
+    return made
 
 
 def _may_map(device: torch.device | str | None) -> bool:

@@ -117,7 +117,7 @@ def restore(cache: QuantizedKVCache, description: Mapping[str, Any], found: Tens
     length = max(lengths, default=0) if cache.static else lengths
     if cache.static and len(lengths) != cache.batch_size:
         raise FileError(f"holds {len(lengths)} lengths for {cache.batch_size} rows")
-    cache._reserve(length)
+    cache.reserve(length)
     held = _held(cache, length)
     parts = {name: getattr(cache, name)[:, :, :count] for name, count in held.items()}
     parts = {name: part for name, part in parts.items() if part.numel()}

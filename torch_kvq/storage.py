@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,12 +49,13 @@ def nbytes(*values: object) -> int:
     return sum(found.values())
 
 
-def grow(buffer: torch.Tensor, capacity: int) -> torch.Tensor:
-    """A copy of buffer [B, G, S, row] with room for ``capacity`` tokens."""
-    shape = (*buffer.shape[:2], capacity, buffer.shape[3])
-    grown = zeros(*shape, dtype=buffer.dtype, device=buffer.device)
-    grown[:, :, : buffer.shape[2]] = buffer
-    return grown
+def grow(buffers: Sequence[torch.Tensor], capacity: int) -> list[torch.Tensor]:
+    """Copies of buffers [B, G, S, row] with room for ``capacity`` tokens."""
+    specs = [((*old.shape[:2], capacity, old.shape[3]), old.dtype) for old in buffers]
+    made = zeros(*specs, device=buffers[0].device)
+    for old, grown in zip(buffers, made, strict=True):
+        grown[:, :, : old.shape[2]] = old
+    return made
 
 
 def after_slots(cached: Packed, slots: torch.Tensor, new: Packed) -> Packed:
