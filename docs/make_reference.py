@@ -9,7 +9,7 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any
 
-from torch_kvq import KVFormat, Packed, Q4KLinear, QuantizedKVCache, hf, interop, ops
+from torch_kvq import KVFormat, Packed, Q4KLinear, QuantizedKVCache, hf, hf_export, interop, ops
 
 PAGE = Path(__file__).resolve().parent / "ops.md"
 HEAD = """# Ops reference
@@ -91,16 +91,21 @@ def functions(module: Any) -> Iterator[tuple[str, FunctionType]]:
 
 
 def methods(kind: type) -> Iterator[tuple[str, Any]]:
-    for name, thing in vars(kind).items():
-        thing = thing.fget if isinstance(thing, property) else getattr(kind, name)
-        if not name.startswith("_") and callable(thing) and thing.__doc__:
-            yield name, thing
+    """A class's own public methods and properties, then those of its bases in this package."""
+    own = [base for base in kind.__mro__ if base.__module__.startswith("torch_kvq")]
+    members = {name: thing for base in reversed(own) for name, thing in vars(base).items()}
+    ordered = [name for base in own for name in vars(base)]
+    for name in dict.fromkeys(ordered):
+        thing = members[name]
+        called = thing.fget if isinstance(thing, property) else getattr(kind, name)
+        if not name.startswith("_") and callable(called) and called.__doc__:
+            yield name, thing if isinstance(thing, property) else called
 
 
 def class_entry(kind: type) -> str:
     text = entry(kind.__name__, kind, "##")
     for name, thing in methods(kind):
-        if isinstance(vars(kind)[name], property):
+        if isinstance(thing, property):
             text += f"\n### {kind.__name__}.{name}\n\n{markdown(thing.__doc__)}\n"
         else:
             text += "\n" + entry(f"{kind.__name__}.{name}", thing)
@@ -113,6 +118,8 @@ def page() -> str:
     parts.append(f"### Packed\n\n{markdown(Packed.__doc__ or '')}\n")
     parts += [class_entry(kind) for kind in (KVFormat, QuantizedKVCache, Q4KLinear, hf.KVQCache)]
     parts.append(entry("hf.use", hf.use))
+    parts.append(class_entry(hf_export.DecodeStep))
+    parts.append(entry("hf_export.package", hf_export.package))
     parts.append("## torch_kvq.interop\n\n" + markdown(interop.__doc__ or "") + "\n")
     parts += [entry(f"interop.{name}", thing) for name, thing in functions(interop)]
     return "\n".join(parts)

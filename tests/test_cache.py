@@ -374,6 +374,42 @@ def test_compiles_to_one_graph(kind, device):
     assert_same_state(compiled, eager)
 
 
+def test_compiled_steps_past_the_capacity(device):
+    """On the CPU the step that does not fit is refused; on MPS, which no step waits for, the cache
+    says so when it is asked next. Nothing that was stored is lost."""
+    torch._dynamo.reset()
+    cache, full = make(device, capacity=6), make(device, capacity=6)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def step(query, key, value):
+        return cache.attend(query, cache.append(key, value))
+
+    def inputs(seed):
+        return [tokens(1, seed + i, heads=h).to(device) for i, h in ((0, H), (1, G), (2, G))]
+
+    for each in (cache, full):
+        append(each, tokens(5), tokens(5, 1))
+    step(*inputs(10))
+    full.append(*inputs(10)[1:])
+    if device == "cpu":
+        with pytest.raises(IndexError, match=r"position 6 \+ 1 tokens exceed the capacity 6"):
+            step(*inputs(20))
+    else:
+        for seed in (20, 30):
+            step(*inputs(seed))
+        message = r"compiled steps went on to 8 tokens; those past the capacity 6 were not stored"
+        for ask in (lambda: cache.length, lambda: cache.append(*inputs(40)[1:])):
+            with pytest.raises(IndexError, match=message):
+                ask()
+        cache.crop(2)
+    assert_same_state(cache, full)
+    with pytest.raises(IndexError, match=r"6 tokens \+ 1 exceed the capacity 6"):
+        cache.append(*inputs(50)[1:])
+    cache.crop(1)
+    full.crop(1)
+    assert torch.equal(step(*inputs(60)), full.attend(inputs(60)[0], full.append(*inputs(60)[1:])))
+
+
 def test_ops_and_cache_agree(device):
     """append_ by hand on the cache's buffers equals append."""
     cache = make(device, capacity=8)

@@ -225,9 +225,9 @@ class QuantizedKVCache(CacheState):
                 "ring nor recent_tokens"
             )
         if self.max_length is not None and not torch.compiler.is_compiling():
-            if self._host.value is not None and self._host.value + key.shape[2] > self.max_length:
+            if self.length + key.shape[2] > self.max_length:
                 raise IndexError(
-                    f"[kvq.append] {self._host.value} tokens + {key.shape[2]} exceed the "
+                    f"[kvq.append] {self.length} tokens + {key.shape[2]} exceed the "
                     f"capacity {self.max_length}"
                 )
 

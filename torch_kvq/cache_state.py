@@ -60,6 +60,7 @@ class CacheState(nn.Module):
     static: bool
     ring: bool
     limit: int | None
+    max_length: int | None
     window: int
     sink_tokens: int
     recent_tokens: int
@@ -170,10 +171,26 @@ class CacheState(nn.Module):
         """Tokens appended and not cropped, of the longest row.
 
         After compiled steps this reads the device.
+
+        Raises:
+            IndexError: compiled steps on MPS, where nothing waits for the device, went on past the
+                capacity; crop what was not stored, or reset.
         """
         if self._host.value is None:
-            self._host.value = int(self.lengths.max()) if self.batch_size else 0
+            length = self._read_length()
+            if self.max_length is not None and length > self.max_length:
+                raise IndexError(
+                    f"[kvq.cache] compiled steps went on to {length} tokens; those past the "
+                    f"capacity {self.max_length} were not stored: crop {length - self.max_length} "
+                    "or reset"
+                )
+            self._host.value = length
         return self._host.value
+
+    def _read_length(self) -> int:
+        if self._host.value is not None:
+            return self._host.value
+        return int(self.lengths.max()) if self.batch_size else 0
 
     @property
     def kv_length(self) -> int | torch.Tensor:
@@ -277,7 +294,7 @@ class CacheState(nn.Module):
             raise IndexError(f"[kvq.crop] tokens must not be negative, got {tokens}")
         if tokens == 0:
             return
-        length = self.length
+        length = self._read_length()
         shortest = int(self.lengths.min()) if self.static and self.batch_size else length
         if tokens > shortest:
             raise IndexError(f"[kvq.crop] cannot drop {tokens} tokens of {shortest}")
