@@ -87,6 +87,37 @@ def test_refused_models():
             KVQCache(config)
 
 
+def test_misuse_is_refused_with_a_sentence(llama, device):
+    """When the cache is made, where it can be known then."""
+    config = llama.config
+    for error, make, message in (
+        (ValueError, lambda: KVQCache(config, "int7"), r"unknown format 'int7'"),
+        (ValueError, lambda: KVQCache(config, layer_formats={0: ("int8", "q4")}), r"format 'q4'"),
+        (ValueError, lambda: KVQCache(config, max_cache_len=0), r"must be a positive int .* got 0"),
+        (ValueError, lambda: KVQCache(config, max_cache_len=12.5), r"max_cache_len .* got 12.5"),
+        (TypeError, lambda: KVQCache(llama), r"\[kvq.hf\] config must be .* got LlamaForCausalLM"),
+    ):
+        with pytest.raises(error, match=message):
+            make()
+    cache = KVQCache(tiny_config("llama", num_hidden_layers=1), "int8")
+    with pytest.raises(IndexError, match=r"\[kvq.hf\] layer 1 of a model .* made for 1 layers"):
+        generate(llama, prompt(device=device), cache, "kvq")
+    cache = KVQCache(config, "int8")
+    generate(llama, prompt(device=device), cache, "kvq")
+    before = layer_state(cache)
+    for rows, dtype, error, message in (
+        (2, torch.float32, ValueError, r"\[kvq.append\] key must be \[1, 2, 1, 64\], got \[2, "),
+        (1, torch.float64, TypeError, r"float32, float16 or bfloat16"),
+    ):
+        token = torch.zeros(rows, 2, 1, 64, dtype=dtype, device="cpu").to(device)
+        with pytest.raises(error, match=message):
+            cache.update(token, token, 0)
+    token = torch.zeros(1, 2, 1, 64, device="meta")
+    with pytest.raises(ValueError, match=r"must be on one device"):
+        cache.update(token, token, 0)
+    assert all(map(torch.equal, layer_state(cache), before))
+
+
 def test_group_fits_the_head_size():
     assert str(fit_group("int4", 96)) == "int4-g32"
     assert str(fit_group("int4-rot", 128)) == "int4-g64-rot"

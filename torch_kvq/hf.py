@@ -347,6 +347,7 @@ class KVQCache(Cache):
     Raises:
         ValueError: encoder-decoder models and multi-head latent attention.
         IndexError: a layer that the model does not have.
+        TypeError: config is no config.
     """
 
     def __init__(
@@ -366,6 +367,21 @@ class KVQCache(Cache):
         if k_format is None:
             k_format, v_format = DEFAULT_K_FORMAT, v_format or DEFAULT_V_FORMAT
         v_format = k_format if v_format is None else v_format
+        for spec in (
+            k_format,
+            v_format,
+            *(f for pair in (layer_formats or {}).values() for f in pair),
+        ):
+            KVFormat.parse(spec)
+        if max_cache_len is not None and (not isinstance(max_cache_len, int) or max_cache_len < 1):
+            raise ValueError(
+                f"[kvq.hf] max_cache_len must be a positive int or None, got {max_cache_len}"
+            )
+        if not isinstance(config, PreTrainedConfig):
+            raise TypeError(
+                "[kvq.hf] config must be a model's config (model.config), got "
+                f"{type(config).__name__}"
+            )
         if getattr(config, "is_encoder_decoder", False):
             raise ValueError("[kvq.hf] encoder-decoder models are not supported")
         config = config.get_text_config(decoder=True)
@@ -405,6 +421,22 @@ class KVQCache(Cache):
             quantized.bound, quantized.siblings = self.max_cache_len, self.quantized_layers
             if sizes is not None and not torch.accelerator.is_available():
                 quantized.prepare(sizes)
+
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Any, Any]:
+        """Append a layer's tokens; what attention gets depends on the carrier."""
+        if layer_idx >= len(self.layers):
+            raise IndexError(
+                f"[kvq.hf] layer {layer_idx} of a model whose cache was made for "
+                f"{len(self.layers)} layers: make it from this model's config"
+            )
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write every layer's tokens to one safetensors file, atomically; see
