@@ -157,3 +157,29 @@ def test_generate_with_a_compiled_forward(device):
     cache = make_cache(model, max_cache_len=64)
     assert torch.equal(generate(model, inputs, cache, "kvq", max_new_tokens=24), expected)
     assert counter.frame_count <= 3  # a prefill, and steps with a mask of the first and any length
+
+
+def test_compiled_steps_past_the_capacity(device):
+    """Of a hybrid model: its ring, which comes first, does not run ahead of the full layer."""
+    model = tiny_model("gemma3", device)
+    step = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
+    with attention(model, "kvq"):
+        cache, full = (make_cache(model, max_cache_len=20) for _ in range(2))
+        decode(model, model.forward, full, 9)
+        decode(model, step, cache, 9)
+        given = {CACHE_ARGUMENT: cache, "use_cache": True}
+        token = torch.tensor([[5]], device=device)
+        with torch.no_grad():
+            if device == "cpu":
+                with pytest.raises(IndexError, match=r"\[kvq.append_\] position"):
+                    step(input_ids=token, **given)
+            else:
+                step(input_ids=token, **given)
+                with pytest.raises(IndexError, match="compiled steps went on to 21 tokens"):
+                    model(input_ids=token, **given)
+                cache.crop(-1)
+    for ours, other in zip(cache.layers, full.layers, strict=True):
+        assert ours.cache.length == other.cache.length == 20
+        for side in "kv":
+            held = [layer.cache.dense(side, 12, 8) for layer in (ours, other)]
+            assert torch.equal(*held)

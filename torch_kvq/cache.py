@@ -153,6 +153,9 @@ class QuantizedKVCache(CacheState):
         tokens = key.shape[2]
         self._check_append(key, value, lengths)
         past = self.kv_length
+        if self.ring and self.max_length is not None and torch.compiler.is_compiling():
+            # No position: the op refuses it, so that no ring runs ahead of the model's full layers.
+            past = torch.where(past + tokens > self.max_length, -1, past)
         # Only a chunk asks: reading the host's length would make a compiled step depend on it.
         was_empty = tokens > 1 and self._host.value == 0
         overflow = None
