@@ -390,7 +390,7 @@ class KVQCache(Cache):
                 f"[kvq.hf] {config.model_type} uses multi-head latent attention, whose cache holds "
                 "compressed states instead of keys and values: not supported"
             )
-        types, arguments = get_layer_types_and_kwargs(config)
+        types, arguments = _layer_types(config)
         for layer in (*skip_layers, *(layer_formats or {})):
             if not -len(types) <= layer < len(types):
                 raise IndexError(
@@ -482,6 +482,14 @@ class KVQCache(Cache):
     @property
     def quantized_layers(self) -> list[KVQLayer]:
         return [layer for layer in self.layers if isinstance(layer, KVQLayer)]
+
+
+def _layer_types(config: PreTrainedConfig) -> tuple[list[str], list[dict[str, Any]]]:
+    """Kind of each layer, and the arguments that transformers makes its cache layer with."""
+    types, arguments = get_layer_types_and_kwargs(config)
+    if isinstance(arguments, dict):  # transformers 5.14: one for all, full layers included
+        arguments = [{} if kind == "full_attention" else arguments for kind in types]
+    return types, arguments
 
 
 def fit_group(spec: Format, head_dim: int) -> KVFormat:
