@@ -11,6 +11,11 @@ lived for a moment beside it. Linux only: the peak is reset through /proc/self/c
 
 Writes results/memory.json and results/memory.svg. Fails if a cache of this package needs more than
 the smaller of the dense ones at any length.
+
+With ``--default-malloc RUNS`` malloc is as the system has it: its heap keeps holes, and a peak is
+one of a distribution. Every run is a process that loads everything and forks one for each point,
+in random order; what is compared, and written to results/memory-malloc.json, is every length's
+median and spread.
 """
 
 from __future__ import annotations
@@ -21,11 +26,14 @@ import gc
 import io
 import json
 import os
+import random
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 RESULTS = Path(__file__).resolve().parent / "results" / "memory.json"
@@ -138,6 +146,56 @@ def point(name: str, tokens: int) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def forked_points(names: list[str], lengths: list[int]) -> None:
+    """Every point in a process forked from this one; prints a line of JSON for each."""
+    import torch
+    import transformers  # noqa: F401
+
+    import torch_kvq.hf  # noqa: F401
+
+    torch.set_num_threads(1)
+    points = [(name, tokens) for name in names for tokens in lengths]
+    random.shuffle(points)
+    for name, tokens in points:
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                print(json.dumps(measure(name, tokens)), flush=True)
+                status = 0
+            except Exception:
+                traceback.print_exc()
+            finally:
+                os._exit(status)
+        if os.waitpid(child, 0)[1]:
+            raise SystemExit(f"{name} at {tokens} tokens failed")
+
+
+def default_malloc(runs: int, names: list[str], lengths: list[int], path: Path) -> list[str]:
+    """Medians and spreads under the system's malloc; returns where ours is above DynamicCache."""
+    command = [sys.executable, __file__, "--forked", "--caches", *names, "--tokens"]
+    peaks: dict[tuple[str, int], list[int]] = {}
+    for _ in range(runs):
+        done = subprocess.run(
+            [*command, *map(str, lengths)], stdout=subprocess.PIPE, text=True, check=True
+        )
+        for one in map(json.loads, done.stdout.splitlines()):
+            peaks.setdefault((one["cache"], one["tokens"]), []).append(one["peak_bytes"])
+    found = [
+        {"cache": name, "tokens": tokens, "peak_bytes": sorted(values)}
+        for (name, tokens), values in sorted(peaks.items())
+    ]
+    path.write_text(json.dumps({"model": MODEL, "points": found}) + "\n")
+    problems = []
+    for (name, tokens), values in sorted(peaks.items(), key=lambda item: item[0][::-1]):
+        low, middle, high = (v / 2**20 for v in (min(values), median(values), max(values)))
+        print(f"{tokens:>6,} {name:24} median {middle:6.1f} MiB, {low:.1f} to {high:.1f}")
+        dense = peaks.get(("DynamicCache", tokens))
+        if name not in DENSE and dense and median(values) > median(dense):
+            problems.append(f"{name}, {tokens:,}")
+    return problems
+
+
 def above_dense(points: list[dict[str, Any]]) -> list[str]:
     """Where a cache of this package needs more than the smaller dense one."""
     found = []
@@ -204,11 +262,21 @@ def main() -> int:
     parser.add_argument("--caches", nargs="+", default=CACHES, choices=CACHES, metavar="CACHE")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--plot-only", action="store_true", help="draw the picture again")
+    parser.add_argument("--default-malloc", type=int, metavar="RUNS")
+    parser.add_argument("--forked", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--point", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.point:
         print(json.dumps(measure(args.point[0], int(args.point[1]))))
         return 0
+    if args.forked:
+        forked_points(list(args.caches), list(args.tokens))
+        return 0
+    if args.default_malloc:
+        path = args.output.with_name("memory-malloc.json")
+        problems = default_malloc(args.default_malloc, list(args.caches), list(args.tokens), path)
+        print("\n".join(["above DynamicCache:", *problems]) if problems else "never above it")
+        return 1 if problems else 0
     if not args.plot_only:
         import torch
         import transformers

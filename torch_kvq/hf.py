@@ -418,9 +418,15 @@ class KVQCache(Cache):
         self.config = config
         sizes = Sizes.expected(config)
         for quantized in self.quantized_layers:
-            quantized.bound, quantized.siblings = self.max_cache_len, self.quantized_layers
+            quantized.bound = self.max_cache_len
             if sizes is not None and not torch.accelerator.is_available():
                 quantized.prepare(sizes)
+        self.join_layers()
+
+    def join_layers(self) -> None:
+        """Let the first layer that needs more room make it in all of them."""
+        for layer in self.quantized_layers:
+            layer.siblings = self.quantized_layers
 
     def update(
         self,

@@ -217,6 +217,7 @@ def load_model_cache(
             prefix = f"layers.{index}."
             own = {n.removeprefix(prefix): t for n, t in found.items() if n.startswith(prefix)}
             cache.layers[index] = _load_layer(cache.layers[index], index, description, own, target)
+        cache.join_layers()
     return cache
 
 
