@@ -286,7 +286,7 @@ class KVQLayer(CacheLayerMixin):
             )
         if self.cache is None:
             return
-        self.cache.crop(-tokens_to_remove)
+        self.cache.crop(-int(tokens_to_remove))  # transformers 5.14 passes a tensor
         self._recorded = 0
         if self.cache.rollback_tokens != self.rollback_tokens:
             self.cache.set_rollback(self.rollback_tokens)
