@@ -185,7 +185,7 @@ def run_all(args: argparse.Namespace) -> None:
         except (SystemExit, ImportError, OSError) as reason:  # a peer that is not installed
             print(f"left out: {command(changes)}: {reason}", file=sys.stderr, flush=True)
             continue
-        row["command"] = command(changes)
+        row |= {"commit": commit(), "command": command(changes)}
         show(row, args.json)
         results = [r for r in results if r["command"] != row["command"]] + [row]
         machine = {
@@ -193,7 +193,6 @@ def run_all(args: argparse.Namespace) -> None:
             "cores": os.cpu_count(),
             "torch": torch.__version__,
             "torch_kvq": torch_kvq.__version__,
-            "commit": commit(),
             "capability": torch_kvq._C.cpu_isa(),
         }
         lines = ",\n".join(json.dumps(r) for r in results)
