@@ -32,6 +32,7 @@ import torch_kvq
 from torch_kvq import KVFormat
 
 RESULTS = Path(__file__).resolve().parent / "results"
+CORES = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
 PEERS = {
     **{op: peers for op, (_, peers) in OPS.items()},
     "step": ("torch-cat",),
@@ -83,13 +84,21 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
+def use_threads(count: int) -> None:
+    """One thread: one core for both sides. MLX computes on a thread of its own, and ours would
+    come back from waiting for it on a core whose caches know nothing of it."""
+    torch.set_num_threads(count)
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(CORES)} if count == 1 else CORES)
+
+
 def run_row(args: argparse.Namespace) -> dict:
     """One row: build, check, time."""
     peers = PEERS[args.op]
     args.peer = args.peer or peers[0]
     if args.peer not in peers:
         raise SystemExit(f"--op {args.op} has peers {', '.join(peers)}, not {args.peer!r}")
-    torch.set_num_threads(args.threads)
+    use_threads(args.threads)
     if args.op in q4_k.PEERS:
         return q4_k.run_row(args)
     row = {
@@ -164,13 +173,12 @@ def processor() -> str:
 
 
 def commit() -> str:
-    """What is checked out; with a + where files differ from it."""
-    git = ["git", "-C", str(RESULTS), "describe", "--always", "--abbrev=10", "--exclude=*"]
-    try:
-        found = subprocess.run([*git, "--dirty=+"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return found.stdout.strip()
+    """What is checked out, with a + where the library's sources differ from it."""
+    git = ["git", "-C", str(RESULTS.parents[1])]
+    head = [*git, "rev-parse", "--short=10", "HEAD"]
+    found = subprocess.run(head, capture_output=True, text=True)
+    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "csrc", "torch_kvq"])
+    return "unknown" if found.returncode else found.stdout.strip() + "+" * changed.returncode
 
 
 def run_all(args: argparse.Namespace) -> None:
