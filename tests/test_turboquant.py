@@ -22,7 +22,7 @@ from tests.helpers import (
     on,
     reference_quantize,
 )
-from torch_kvq import KVFormat, Packed, codebooks, ops
+from torch_kvq import KVFormat, Packed, codebooks, ops, reference
 from torch_kvq._codebook_tables import POSITIVE_CENTROIDS
 from torch_kvq.formats import FLOAT_DTYPES
 
@@ -55,6 +55,25 @@ def test_unbiased_bytes_equal_reference(fmt: KVFormat, dtype: torch.dtype, devic
 def test_512_and_odd_head_sizes(device: str) -> None:
     for head_dim in (8, 24, 512):
         check_bytes(device, KVFormat("tq4"), torch.float16, head_dim, 17)
+
+
+@pytest.mark.parametrize("bits", codebooks.BITS)
+def test_codes_on_and_beside_every_boundary(bits: int, device: str) -> None:
+    """A value on a boundary takes the lower code, the next float above it the upper one."""
+    edges = codebooks.boundaries(bits)
+    above = edges.nextafter(torch.tensor(torch.inf)).where(edges != 0, torch.tensor(1e-30))
+    below = edges.nextafter(torch.tensor(-torch.inf)).where(edges != 0, torch.tensor(-1e-30))
+    z = torch.cat([edges, above, below, torch.tensor([0.0, -0.0])])
+    z = z[torch.randperm(len(z), generator=generator(bits))]
+    z = torch.nn.functional.pad(z, (0, -len(z) % 64)).view(-1, 64)
+    rest = ((512 - (z * z).sum(-1, keepdim=True)) / 448).sqrt()  # norms are 1 in float16
+    x = torch.cat([z, rest.expand(-1, 448)], dim=-1)
+    packed = torch.ops.kvq.quantize(
+        on(device, x[None, None]), f"tq{bits}", scale_dtype=torch.float16
+    )
+    assert packed[1].cpu().eq(1).all()
+    codes = reference.unpack_bits(packed[0].cpu(), bits)[0, 0, :, :64]
+    assert codes.equal(torch.bucketize(z, edges).to(codes.dtype))
 
 
 # Codebooks
