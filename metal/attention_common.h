@@ -69,11 +69,11 @@ inline KvqTokens kvq_tokens(constant KvqAttentionParams& p, KvqSpan row, long le
   KvqTokens t;
   t.first = first;
   t.count = last > first ? uint(last - first) : 0u;
-  // Splits share the tokens out in whole steps.
+  // Splits share the tokens out in whole steps; the first have one more where that leaves some.
   const uint steps = (t.count + step - 1) / step;
-  const uint each = (steps + p.splits - 1) / p.splits;
-  t.begin = min(split * each * step, t.count);
-  t.end = min(t.begin + each * step, t.count);
+  const uint each = steps / p.splits, left = steps % p.splits;
+  t.begin = min((split * each + min(split, left)) * step, t.count);
+  t.end = min(t.begin + (split < left ? each + 1 : each) * step, t.count);
   t.capacity = p.capacity;
   t.slot = p.ring != 0 && p.capacity > 0 ? uint(first % long(p.capacity)) : uint(first);
   return t;
@@ -135,18 +135,18 @@ inline long kvq_mask_row(constant KvqAttentionParams& p, uint batch, KvqRow row)
 
 /// What is done to a score, in turn.
 struct KvqShaping {
-  float softcap;
+  float softcap, inverse_softcap;
   uint mask_kind;
   long mask_columns, mask_column;
 };
 inline KvqShaping kvq_shaping(constant KvqAttentionParams& p) {
-  return {p.softcap, p.mask_kind, p.mask_columns, p.mask_column};
+  return {p.softcap, 1.0f / p.softcap, p.mask_kind, p.mask_columns, p.mask_column};
 }
 
 /// A score as the softmax sees it: softcap, then mask. `seen` is cleared where the mask hides.
 inline float kvq_finish_score(KvqShaping p, device const uchar* mask, long mask_row, long column,
                               float score, thread bool& seen) {
-  if (p.softcap > 0.0f) score = p.softcap * precise::tanh(score / p.softcap);
+  if (p.softcap > 0.0f) score = p.softcap * precise::tanh(score * p.inverse_softcap);
   if (p.mask_kind == KVQ_MASK_NONE) return score;
   if (column < 0 || column >= p.mask_columns) {
     seen = false;
@@ -169,6 +169,59 @@ inline float kvq_finish_score(KvqShaping p, device const uchar* mask, long mask_
 inline long kvq_mask_origin(constant KvqAttentionParams& p, thread const KvqTokens& tokens,
                             long length) {
   return tokens.first - max(length - p.mask_columns, 0l);
+}
+
+/// Which tokens the rows of a threadgroup see. In threadgroup memory, where it takes no registers:
+/// few blocks need it.
+template <uint R>
+struct KvqSeen {
+  uint first[R], last[R];  ///< tokens [first, last), but for what the mask hides
+  long mask_row[R];
+  long mask_origin;
+  KvqShaping shaping;
+};
+
+/// Rows past the last of a KV head repeat it.
+template <uint R>
+inline void kvq_fill_seen(threadgroup KvqSeen<R>& seen, constant KvqAttentionParams& p,
+                          KvqSpan span, long length, thread const KvqTokens& tokens, uint batch,
+                          uint group, uint first_row, uint all_rows, uint thread_index) {
+  if (thread_index < R) {
+    const KvqRow row = kvq_row(p, group, min(first_row + thread_index, all_rows - 1));
+    const KvqSpan own = kvq_query_span(p, span, length, row.query);
+    seen.first[thread_index] = uint(clamp(own.first - tokens.first, 0l, long(tokens.count)));
+    seen.last[thread_index] = uint(clamp(own.last - tokens.first, 0l, long(tokens.count)));
+    seen.mask_row[thread_index] = kvq_mask_row(p, batch, row);
+  }
+  if (thread_index == 0) {
+    seen.mask_origin = kvq_mask_origin(p, tokens, length);
+    seen.shaping = kvq_shaping(p);
+  }
+}
+
+/// Tokens [.x, .y) need no softcap and no mask of any kind.
+template <uint R>
+inline uint2 kvq_plain_tokens(threadgroup const KvqSeen<R>& seen, uint end) {
+  uint2 plain = uint2(0, end);
+  KVQ_UNROLL for (uint r = 0; r < R; ++r) {
+    plain.x = max(plain.x, seen.first[r]);
+    plain.y = min(plain.y, seen.last[r]);
+  }
+  if (seen.shaping.softcap > 0.0f || seen.shaping.mask_kind != KVQ_MASK_NONE) plain.y = 0;
+  return plain;
+}
+
+/// A score of row r as the softmax sees it. `visible` tells whether the row sees the token.
+template <uint R>
+inline float kvq_see(threadgroup const KvqSeen<R>& seen, device const uchar* mask, uint r,
+                     uint token, uint end, float score, thread bool& visible) {
+  visible = token < end && token >= seen.first[r] && token < seen.last[r];
+  const KvqShaping shaping = {seen.shaping.softcap, seen.shaping.inverse_softcap,
+                              seen.shaping.mask_kind, seen.shaping.mask_columns,
+                              seen.shaping.mask_column};
+  // Of a token past the end the last one's mask is read, which is there.
+  return kvq_finish_score(shaping, mask, seen.mask_row[r],
+                          seen.mask_origin + long(min(token, end - 1)), score, visible);
 }
 
 /// Block Walsh-Hadamard transform of `rows` rows of `dim` floats, orthonormal, with the signs of

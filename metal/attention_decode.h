@@ -12,6 +12,12 @@
 
 #include "attention_common.h"
 
+/// Elements of a row of D that share a scale.
+template <typename F>
+constexpr uint kvq_group_size(uint d) {
+  return F::kGroup == 0 ? d : F::kGroup;
+}
+
 /// Shape of the score phase.
 template <typename F, uint D>
 struct KvqKeyShape {
@@ -19,8 +25,6 @@ struct KvqKeyShape {
   KVQ_CONST uint kChunks = D / kChunk;                    ///< chunks of a row
   KVQ_CONST uint kLanes = kvq_power(kChunks, 4);          ///< lanes that share a row
   KVQ_CONST uint kTurns = kChunks / kLanes;               ///< chunks of a lane
-  KVQ_CONST uint kBytes = kChunk * F::kBits / 8;          ///< bytes of a chunk
-  KVQ_CONST uint kWords = (kBytes + 3) / 4;               ///< words of a chunk
   KVQ_CONST uint kUnpack = kChunk % 4 == 0 ? 4 : kChunk;  ///< elements at a time
 };
 
@@ -31,8 +35,6 @@ struct KvqValueShape {
   KVQ_CONST uint kChunk = kvq_value_chunk(DV, kvq_least(F::kMaxChunk, kWanted));
   KVQ_CONST uint kLanes = DV / kChunk;  ///< lanes that share a row
   KVQ_CONST uint kRows = 32 / kLanes;   ///< rows that a simdgroup reads at once
-  KVQ_CONST uint kBytes = kChunk * F::kBits / 8;
-  KVQ_CONST uint kWords = (kBytes + 3) / 4;
   KVQ_CONST uint kUnpack = kChunk % 8 == 0 ? 8 : kChunk;
   KVQ_CONST uint kInFlight =
       kvq_least(4, 32 / kRows);  ///< rows that a lane loads before it uses one
@@ -69,18 +71,86 @@ inline float kvq_transpose_sum(thread float* x, uint lane) {
   return x[0];
 }
 
-/// Sums over the ROWS groups of LANES lanes; right in the first of them.
-template <uint LANES, uint ROWS>
-inline float kvq_sum_rows(float x, uint lane) {
-  if (LANES * ROWS == 32 && (LANES & (LANES - 1)) == 0) {
-    KVQ_UNROLL for (uint step = LANES; step < 32; step *= 2) x += simd_shuffle_xor(x, ushort(step));
-    return x;
+/// Sums N values over the ROWS groups of LANES lanes. The sums are shared out among them where
+/// that is a matter of halving: N / ROWS each, group g from number g N / ROWS on. Else the first
+/// group gets them all.
+template <uint N, uint LANES, uint ROWS>
+struct KvqRowSums {
+  KVQ_CONST bool kHalved = LANES * ROWS == 32 && (LANES & (LANES - 1)) == 0 && N % ROWS == 0;
+  KVQ_CONST uint kCount = kHalved ? N / ROWS : N;  ///< sums of a lane
+
+  template <uint COUNT, uint HALF>
+  static inline void halve(thread float* x, uint group) {
+    const bool upper = (group & HALF) != 0;
+    KVQ_UNROLL for (uint i = 0; i < COUNT / 2; ++i) {
+      const float low = x[i], high = x[i + COUNT / 2];
+      x[i] = (upper ? high : low) + simd_shuffle_xor(upper ? low : high, ushort(HALF * LANES));
+    }
   }
-  float sum = x;
-  KVQ_UNROLL for (uint i = 1; i < ROWS; ++i) {
-    sum += simd_shuffle(x, ushort(min(lane + i * LANES, 31u)));
+  static inline void sum(thread float* x, uint group, uint lane) {
+    if (kHalved) {
+      if (ROWS == 32) halve<N, 16>(x, group);
+      if (ROWS >= 16) halve<N * 16 / ROWS, 8>(x, group);
+      if (ROWS >= 8) halve<N * 8 / ROWS, 4>(x, group);
+      if (ROWS >= 4) halve<N * 4 / ROWS, 2>(x, group);
+      if (ROWS >= 2) halve<N * 2 / ROWS, 1>(x, group);
+    } else {
+      KVQ_UNROLL for (uint i = 0; i < N; ++i) {
+        float sum = x[i];
+        KVQ_UNROLL for (uint j = 1; j < ROWS; ++j) {
+          sum += simd_shuffle(x[i], ushort(min(lane + j * LANES, 31u)));
+        }
+        x[i] = sum;
+      }
+    }
   }
-  return sum;
+  /// Whether the lane has sums, and the number of the first.
+  static inline bool has(uint group) { return kHalved || group == 0; }
+  static inline uint first(uint group) { return kHalved ? group * kCount : 0; }
+};
+
+/// The scales of a block, one row a token. The lane of a token loads them; where a row has
+/// several, lanes find those of their chunks in threadgroup memory. Not where chunks bring them, or
+/// where threadgroup memory would not hold them: lanes see to their own.
+template <typename F, uint D, typename Chunk, bool ALIGNED>
+struct KvqBlockScales {
+  typedef typename F::template Scales<D, ALIGNED> Scales;
+  KVQ_CONST uint kGroups = D / kvq_group_size<F>(D);
+  KVQ_CONST bool kOne = kGroups == 1;
+  KVQ_CONST bool kShared = !kOne && !Chunk::kScaled && kGroups <= 8;
+  KVQ_CONST bool kOwn = !kOne && !kShared;
+  KVQ_CONST uint kStride = 33;  ///< float2s of a group, padded
+  KVQ_CONST uint kSize = kOne || kShared ? kGroups * kStride : 0;
+  uint words[Scales::kWords];
+
+  void load(KvqRows row) thread {
+    if (F::kBiased || !kOwn) Scales::load(row.codes, row.scales, row.biases, words);
+  }
+  float2 get(uint group) const thread { return Scales::get(words, group); }
+  void clear() thread { KVQ_UNROLL for (uint i = 0; i < Scales::kWords; ++i) words[i] = 0; }
+  void share(threadgroup float2* to, uint lane) const thread {
+    KVQ_UNROLL for (uint g = 0; g < kGroups; ++g) to[g * kStride + lane] = get(g);
+  }
+};
+
+/// The scale and bias of a chunk, from memory.
+template <typename F, uint N>
+inline float2 kvq_chunk_scale(KvqRows row, uint chunk) {
+  return F::template scale_bias<N>(row.codes, row.scales, row.biases, chunk);
+}
+
+/// The packed row of token t, or of the last one.
+inline KvqRows kvq_token_row(thread const KvqTokens& tokens, uint t, KvqRows rows) {
+  return rows.row(kvq_slot(tokens, min(t, tokens.end - 1)));
+}
+
+/// Loads the chunk that begins `at` bytes into a row, of COUNT tokens, STEP apart.
+template <uint COUNT, uint STEP, typename Chunk>
+inline void kvq_load_chunks(thread Chunk* to, thread const KvqTokens& tokens, uint t, KvqRows rows,
+                            uint at) {
+  KVQ_UNROLL for (uint u = 0; u < COUNT; ++u) {
+    to[u].load(kvq_token_row(tokens, t + u * STEP, rows).codes + at, at);
+  }
 }
 
 template <typename T, typename KF, typename VF, uint D, uint DV, uint R, bool ALIGNED>
@@ -91,15 +161,21 @@ template <typename T, typename KF, typename VF, uint D, uint DV, uint R, bool AL
   typedef KvqKeyShape<KF, D> K;
   typedef KvqValueShape<VF, DV, R> V;
   typedef KvqQueryTile<KF, D, R> Q;
+  typedef KvqChunk<KF, D, K::kChunk, ALIGNED> KChunk;
+  typedef KvqChunk<VF, DV, V::kChunk, ALIGNED> VChunk;
+  typedef KvqBlockScales<KF, D, KChunk, ALIGNED> KScales;
+  typedef KvqBlockScales<VF, DV, VChunk, ALIGNED> VScales;
   constexpr uint simdgroups = KVQ_ATTENTION_THREADS / 32;
   // Products of a chunk are the longest sums: of float queries they would be the largest error.
   constexpr uint sums = sizeof(T) == 4 && R <= 4 && K::kUnpack % 2 == 0 ? 2 : 1;
   constexpr uint tile_size = kvq_most(Q::kSize, (R * kvq_most(D, DV) + 3) / 4);
   threadgroup float4 tile[tile_size];  // queries; before that and at the end plain rows
-  threadgroup float query_sum[K::kChunks * R];
+  threadgroup float query_sum[KScales::kGroups * R];
   threadgroup float mean_score[R];
-  threadgroup uint row_first[R], row_last[R];
+  threadgroup KvqSeen<R> seen;
   threadgroup float weights[simdgroups][32 * R];
+  threadgroup float2
+      shared_scales[simdgroups][kvq_most(kvq_most(KScales::kSize, VScales::kSize), 1)];
   threadgroup float group_m[simdgroups][R], group_l[simdgroups][R];
   threadgroup float row_m[R], row_l[R];
   threadgroup float k_table[kvq_most(KF::kTable, 1)], v_table[kvq_most(VF::kTable, 1)];
@@ -108,12 +184,39 @@ template <typename T, typename KF, typename VF, uint D, uint DV, uint R, bool AL
   const uint split = position.x, first_row = position.y * R;
   const uint batch = position.z / p.groups, group = position.z % p.groups;
   const uint repeat = p.heads / p.groups, all_rows = p.queries * repeat;
+  const KvqRows keys = kvq_rows(p.k, k_codes, k_scales, k_biases, batch, group);
+  const KvqRows values = kvq_rows(p.v, v_codes, v_scales, v_biases, batch, group);
   const long length = kvq_bound(kv_length, p.kv_length, batch);
   const KvqSpan span = kvq_row_span(p, length, kvq_bound(kv_start, p.kv_start, batch),
                                     kvq_bound(kv_end, p.kv_end, batch));
   const KvqTokens tokens =
       kvq_tokens(p, span, length, first_row / repeat, (min(first_row + R, all_rows) - 1) / repeat,
                  split, 32 * simdgroups);
+
+  // Of the keys a lane has chunks of the tokens from k_token on, of the values of v_token and every
+  // kRows-th after it. Lanes past the last whole row of values help with none: their weight is 0.
+  const uint k_chunk = lane % K::kLanes, k_token = lane / K::kLanes * K::kLanes;
+  const uint v_chunk = lane % V::kLanes, v_token = lane / V::kLanes;
+  const uint v_at = VF::template offset<V::kChunk>(v_chunk);
+
+  // Keys are loaded as soon as those before them are used, a block ahead; values ahead of the
+  // scores of their own block, or as keys are, whichever was measured faster.
+  constexpr bool ahead = VF::kTable > 0 || VF::kBits == 8;
+  KChunk key[K::kLanes];
+  VChunk value[V::kInFlight];
+  KScales key_scales;
+  VScales value_scales;
+  constexpr uint step = simdgroups * 32;
+  if (tokens.begin < tokens.end) {
+    const uint t = tokens.begin + simdgroup * 32;
+    kvq_load_chunks<K::kLanes, 1>(key, tokens, t + k_token, keys,
+                                  KF::template offset<K::kChunk>(k_chunk));
+    key_scales.load(kvq_token_row(tokens, t + lane, keys));
+    if (ahead) {
+      kvq_load_chunks<V::kInFlight, V::kRows>(value, tokens, t + v_token, values, v_at);
+      value_scales.load(kvq_token_row(tokens, t + lane, values));
+    }
+  }
 
   kvq_fill_table<KF>(k_table, thread_index);
   kvq_fill_table<VF>(v_table, thread_index);
@@ -125,12 +228,7 @@ template <typename T, typename KF, typename VF, uint D, uint DV, uint R, bool AL
                       long(row.query) * p.query_token;
     rows[i] = float(query[from + i % D]) * p.scale;
   }
-  if (thread_index < R) {
-    const KvqRow row = kvq_row(p, group, min(first_row + thread_index, all_rows - 1));
-    const KvqSpan seen = kvq_query_span(p, span, length, row.query);
-    row_first[thread_index] = uint(clamp(seen.first - tokens.first, 0l, long(tokens.count)));
-    row_last[thread_index] = uint(clamp(seen.last - tokens.first, 0l, long(tokens.count)));
-  }
+  kvq_fill_seen(seen, p, span, length, tokens, batch, group, first_row, all_rows, thread_index);
   threadgroup_barrier(mem_flags::mem_threadgroup);
   for (uint r = simdgroup; r < R; r += simdgroups) {
     float sum = 0.0f;
@@ -154,9 +252,10 @@ template <typename T, typename KF, typename VF, uint D, uint DV, uint R, bool AL
       mine[j] = rows[i % R * D + KF::template element<K::kChunk>(chunk, i / R % K::kChunk)];
   }
   if (KF::kBiased) {
-    for (uint i = thread_index; i < K::kChunks * R; i += KVQ_ATTENTION_THREADS) {
+    constexpr uint size = D / KScales::kGroups;
+    for (uint i = thread_index; i < KScales::kGroups * R; i += KVQ_ATTENTION_THREADS) {
       float sum = 0.0f;
-      for (uint d = 0; d < K::kChunk; ++d) sum += rows[i % R * D + i / R * K::kChunk + d];
+      for (uint d = 0; d < size; ++d) sum += rows[i % R * D + i / R * size + d];
       query_sum[i] = sum;
     }
   }
@@ -168,22 +267,10 @@ template <typename T, typename KF, typename VF, uint D, uint DV, uint R, bool AL
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
-  // Tokens in [all_first, all_last) are seen by every row.
-  uint all_first = 0, all_last = tokens.count;
-  KVQ_UNROLL for (uint r = 0; r < R; ++r) {
-    all_first = max(all_first, row_first[r]);
-    all_last = min(all_last, row_last[r]);
-  }
-  const bool shaped = p.softcap > 0.0f || p.mask_kind != KVQ_MASK_NONE;
-  const long mask_origin = kvq_mask_origin(p, tokens, length);
-
-  const KvqRows keys = kvq_rows(p.k, k_codes, k_scales, k_biases, batch, group);
-  const KvqRows values = kvq_rows(p.v, v_codes, v_scales, v_biases, batch, group);
+  const uint2 plain_tokens = kvq_plain_tokens(seen, tokens.end);
   const uint magic = p.magic;
-  const uint k_lane = lane % K::kLanes;
-  // Lanes past the last whole row help with none: their weight is 0.
-  const uint v_row = lane / V::kLanes, v_chunk = lane % V::kLanes;
   threadgroup float* w = weights[simdgroup];
+  threadgroup float2* scales = shared_scales[simdgroup];
 
   float m[R], l[R], o[R][V::kChunk], o_bias[R];
   KVQ_UNROLL for (uint r = 0; r < R; ++r) {
@@ -192,26 +279,27 @@ template <typename T, typename KF, typename VF, uint D, uint DV, uint R, bool AL
     KVQ_UNROLL for (uint i = 0; i < V::kChunk; ++i) o[r][i] = 0.0f;
   }
 
-  for (uint t = tokens.begin + simdgroup * 32; t < tokens.end; t += simdgroups * 32) {
+  for (uint t = tokens.begin + simdgroup * 32; t < tokens.end; t += step) {
+    if (!ahead) {
+      kvq_load_chunks<V::kInFlight, V::kRows>(value, tokens, t + v_token, values, v_at);
+      value_scales.load(kvq_token_row(tokens, t + lane, values));
+    }
+
     // 1. Scores.
+    if (KScales::kShared) {
+      simdgroup_barrier(mem_flags::mem_threadgroup);
+      key_scales.share(scales, lane);
+      simdgroup_barrier(mem_flags::mem_threadgroup);
+    }
     float score[R][K::kLanes];
     KVQ_UNROLL for (uint r = 0; r < R; ++r) {
       KVQ_UNROLL for (uint u = 0; u < K::kLanes; ++u) score[r][u] = 0.0f;
     }
-    uint slot[K::kLanes];
-    KVQ_UNROLL for (uint u = 0; u < K::kLanes; ++u) {
-      slot[u] = kvq_slot(tokens, min(t + lane / K::kLanes * K::kLanes + u, tokens.end - 1));
-    }
     for (uint turn = 0; turn < K::kTurns; ++turn) {
-      const uint chunk = turn * K::kLanes + k_lane;
-      uint words[K::kLanes][K::kWords];
-      float2 scale[K::kLanes];
-      KVQ_UNROLL for (uint u = 0; u < K::kLanes; ++u) {
-        const KvqRows key = keys.row(slot[u]);
-        kvq_load<K::kBytes, kvq_alignment<KF, ALIGNED>(K::kBytes)>(
-            key.codes + KF::template offset<K::kChunk>(chunk), words[u]);
-        scale[u] = KF::template scale_bias<K::kChunk>(key.codes, key.scales, key.biases, chunk);
-      }
+      const uint chunk = turn * K::kLanes + k_chunk;
+      const uint k_at = KF::template offset<K::kChunk>(chunk);
+      uint codes[K::kLanes][KChunk::kCodes];
+      KVQ_UNROLL for (uint u = 0; u < K::kLanes; ++u) key[u].get(k_at, codes[u]);
       float dot[K::kLanes][sums * R];
       KVQ_UNROLL for (uint u = 0; u < K::kLanes; ++u) {
         KVQ_UNROLL for (uint r = 0; r < sums * R; ++r) dot[u][r] = 0.0f;
@@ -219,7 +307,7 @@ template <typename T, typename KF, typename VF, uint D, uint DV, uint R, bool AL
       KVQ_UNROLL for (uint i = 0; i < K::kChunk; i += K::kUnpack) {
         float c[K::kLanes][K::kUnpack];
         KVQ_UNROLL for (uint u = 0; u < K::kLanes; ++u) {
-          KF::template unpack<K::kUnpack>(words[u], i, k_table, magic, c[u]);
+          KF::template unpack<K::kUnpack>(codes[u], i, k_table, magic, c[u]);
         }
         KVQ_UNROLL for (uint j = 0; j < Q::kVectors; ++j) {
           const float4 q = tile[chunk * Q::kStride + i / K::kUnpack * Q::kVectors + j];
@@ -231,38 +319,53 @@ template <typename T, typename KF, typename VF, uint D, uint DV, uint R, bool AL
           }
         }
       }
-      KVQ_UNROLL for (uint r = 0; r < R; ++r) {
-        const float sum = KF::kBiased ? query_sum[chunk * R + r] : 0.0f;
-        KVQ_UNROLL for (uint u = 0; u < K::kLanes; ++u) {
+      KVQ_UNROLL for (uint u = 0; u < K::kLanes; ++u) {
+        float scale = 1.0f;
+        if (KScales::kShared) {
+          scale =
+              scales[chunk * K::kChunk / kvq_group_size<KF>(D) * KScales::kStride + k_token + u].x;
+        } else if (KScales::kOwn) {
+          scale = KChunk::kScaled ? key[u].scale(k_at).x
+                                  : kvq_chunk_scale<KF, K::kChunk>(
+                                        kvq_token_row(tokens, t + k_token + u, keys), chunk)
+                                        .x;
+        }
+        KVQ_UNROLL for (uint r = 0; r < R; ++r) {
           if (sums == 2) dot[u][r] += dot[u][(sums - 1) * R + r];
-          score[r][u] = fma(scale[u].x, dot[u][r], score[r][u]);
-          if (KF::kBiased) score[r][u] = fma(scale[u].y, sum, score[r][u]);
+          score[r][u] = fma(scale, dot[u][r], score[r][u]);
         }
       }
+      const bool last = turn + 1 == K::kTurns;
+      kvq_load_chunks<K::kLanes, 1>(
+          key, tokens, t + k_token + (last ? step : 0), keys,
+          KF::template offset<K::kChunk>(last ? k_chunk : chunk + K::kLanes));
     }
 
     // 2. Softmax: token t + lane.
-    const bool plain = !shaped && t >= all_first && t + 32 <= min(all_last, tokens.end);
+    const bool plain = t >= plain_tokens.x && t + 32 <= plain_tokens.y;
     float s[R];
-    uint seen = (1u << R) - 1;  // bit r: row r sees token t + lane
+    uint sees = (1u << R) - 1;  // bit r: row r sees token t + lane
     KVQ_UNROLL for (uint r = 0; r < R; ++r) {
-      s[r] = kvq_transpose_sum<K::kLanes>(score[r], lane) + mean_score[r];
+      s[r] = kvq_transpose_sum<K::kLanes>(score[r], lane);
+      if (KScales::kOne) s[r] *= key_scales.get(0).x;
+      if (KF::kBiased) {
+        KVQ_UNROLL for (uint g = 0; g < KScales::kGroups; ++g) {
+          s[r] = fma(key_scales.get(g).y, query_sum[g * R + r], s[r]);
+        }
+      }
+      s[r] += mean_score[r];
     }
+    key_scales.load(kvq_token_row(tokens, t + step + lane, keys));
     if (!plain) {
-      const uint token = t + lane;
-      // Of a token past the end the last one's mask is read, which is there.
-      const long column = mask_origin + long(min(token, tokens.end - 1));
       KVQ_UNROLL for (uint r = 0; r < R; ++r) {
-        bool visible = token < tokens.end && token >= row_first[r] && token < row_last[r];
-        const KvqRow row = kvq_row(p, group, min(first_row + r, all_rows - 1));
-        s[r] = kvq_finish_score(kvq_shaping(p), mask, kvq_mask_row(p, batch, row), column, s[r],
-                                visible);
-        if (!visible) seen &= ~(1u << r);
+        bool visible;
+        s[r] = kvq_see(seen, mask, r, t + lane, tokens.end, s[r], visible);
+        if (!visible) sees &= ~(1u << r);
       }
     }
     simdgroup_barrier(mem_flags::mem_threadgroup);
     KVQ_UNROLL for (uint r = 0; r < R; ++r) {
-      const bool visible = (seen >> r & 1) != 0;
+      const bool visible = (sees >> r & 1) != 0;
       const float highest = max(m[r], simd_max(visible ? s[r] : KVQ_LOWEST));
       if (highest > m[r]) {
         const float kept = kvq_exp(m[r] - highest);
@@ -275,49 +378,57 @@ template <typename T, typename KF, typename VF, uint D, uint DV, uint R, bool AL
       l[r] += weight;
       w[lane * R + r] = weight;
     }
+    // Tokens past the end repeat the last one: 0 times its infinity would be NaN.
+    const bool ends = t + 32 > tokens.end;
+    if (ends && t + lane >= tokens.end) value_scales.clear();
+    if (!VScales::kOwn) value_scales.share(scales, lane);
     simdgroup_barrier(mem_flags::mem_threadgroup);
+    if (ahead) value_scales.load(kvq_token_row(tokens, t + step + lane, values));
 
     // 3. Values.
-    for (uint j = 0; j < 32 && t + j < tokens.end; j += V::kRows * V::kInFlight) {
-      uint words[V::kInFlight][V::kWords];
-      float2 scale[V::kInFlight];
-      KVQ_UNROLL for (uint u = 0; u < V::kInFlight; ++u) {
-        const uint at = min(j + u * V::kRows + v_row, 31u);
-        const KvqRows value = values.row(kvq_slot(tokens, min(t + at, tokens.end - 1)));
-        kvq_load<V::kBytes, kvq_alignment<VF, ALIGNED>(V::kBytes)>(
-            value.codes + VF::template offset<V::kChunk>(v_chunk), words[u]);
-        scale[u] =
-            VF::template scale_bias<V::kChunk>(value.codes, value.scales, value.biases, v_chunk);
-      }
-      if (t + 32 > tokens.end) {
-        // Tokens past the end repeat the last one: 0 times its infinity would be NaN.
+    constexpr uint rows_at_once = V::kRows * V::kInFlight;
+    constexpr bool whole = V::kRows * V::kLanes == 32 && 32 % rows_at_once == 0;
+    for (uint j = 0; j < 32; j += rows_at_once) {
+      if (ends || !whole) {
         KVQ_UNROLL for (uint u = 0; u < V::kInFlight; ++u) {
-          if (t + j + u * V::kRows + v_row >= tokens.end) {
-            KVQ_UNROLL for (uint i = 0; i < V::kWords; ++i) words[u][i] = 0;
-            scale[u] = float2(0.0f);
-          }
+          const uint row = j + u * V::kRows + v_token;
+          if (t + row >= tokens.end || (!whole && (row >= 32 || v_token >= V::kRows)))
+            value[u].clear();
         }
       }
       KVQ_UNROLL for (uint u = 0; u < V::kInFlight; ++u) {
-        const uint row = j + u * V::kRows + v_row;
-        const bool counts = V::kRows * V::kLanes == 32 && 32 % (V::kRows * V::kInFlight) == 0
-                                ? true
-                                : row < 32 && v_row < V::kRows;
+        const uint row = j + u * V::kRows + v_token, token = min(row, 31u);
+        const bool counts = whole || (row < 32 && v_token < V::kRows);
+        float2 scale = float2(0.0f);
+        if (!VScales::kOwn) {
+          scale = scales[v_chunk * V::kChunk / kvq_group_size<VF>(DV) * VScales::kStride + token];
+        } else if (t + token < tokens.end) {
+          scale = VChunk::kScaled ? value[u].scale(v_at)
+                                  : kvq_chunk_scale<VF, V::kChunk>(
+                                        kvq_token_row(tokens, t + token, values), v_chunk);
+        }
+        uint codes[VChunk::kCodes];
+        value[u].get(v_at, codes);
         float scaled[R];
         KVQ_UNROLL for (uint r = 0; r < R; ++r) {
-          const float weight = counts ? w[min(row, 31u) * R + r] : 0.0f;
-          scaled[r] = weight * scale[u].x;
-          if (VF::kBiased) o_bias[r] = fma(weight, scale[u].y, o_bias[r]);
+          const float weight = counts ? w[token * R + r] : 0.0f;
+          scaled[r] = weight * scale.x;
+          if (VF::kBiased) o_bias[r] = fma(weight, scale.y, o_bias[r]);
         }
         KVQ_UNROLL for (uint i = 0; i < V::kChunk; i += V::kUnpack) {
           float c[V::kUnpack];
-          VF::template unpack<V::kUnpack>(words[u], i, v_table, magic, c);
+          VF::template unpack<V::kUnpack>(codes, i, v_table, magic, c);
           KVQ_UNROLL for (uint e = 0; e < V::kUnpack; ++e) {
             KVQ_UNROLL for (uint r = 0; r < R; ++r) {
               o[r][i + e] = fma(scaled[r], c[e], o[r][i + e]);
             }
           }
         }
+      }
+      const bool last = j + rows_at_once >= 32;
+      if (ahead || !last) {
+        kvq_load_chunks<V::kInFlight, V::kRows>(
+            value, tokens, t + v_token + (last ? step : j + rows_at_once), values, v_at);
       }
     }
   }
@@ -341,19 +452,22 @@ template <typename T, typename KF, typename VF, uint D, uint DV, uint R, bool AL
     row_l[thread_index] = sum;
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
+  typedef KvqRowSums<V::kChunk, V::kLanes, V::kRows> Sums;
   KVQ_UNROLL for (uint r = 0; r < R; ++r) {
     const float kept = kvq_exp(m[r] - row_m[r]);
     KVQ_UNROLL for (uint i = 0; i < V::kChunk; ++i) {
       float x = o[r][i] * VF::factor(i);
       if (VF::kBiased) x += o_bias[r];
-      o[r][i] = kvq_sum_rows<V::kLanes, V::kRows>(x * kept, lane);
+      o[r][i] = x * kept;
     }
+    Sums::sum(o[r], v_token, lane);
   }
   for (uint s = 0; s < simdgroups; ++s) {
-    if (s == simdgroup && v_row == 0) {
+    if (s == simdgroup && Sums::has(v_token)) {
       KVQ_UNROLL for (uint r = 0; r < R; ++r) {
-        KVQ_UNROLL for (uint i = 0; i < V::kChunk; ++i) {
-          const uint at = r * DV + VF::template element<V::kChunk>(v_chunk, i);
+        KVQ_UNROLL for (uint i = 0; i < Sums::kCount; ++i) {
+          const uint e = Sums::first(v_token) + i;
+          const uint at = r * DV + VF::template element<V::kChunk>(v_chunk, e);
           rows[at] = s == 0 ? o[r][i] : rows[at] + o[r][i];
         }
       }

@@ -68,12 +68,11 @@ inline void kvq_load(device const uchar* from, thread uint* words) {
 /// Codes of BITS bits, centred, still scaled by 1 / factor.
 template <uint BITS>
 struct KvqInPlace {
-  /// Bit at which code e of eight stays in the float's mantissa.
-  static constexpr uint place(uint e) {
-    return BITS == 8 ? 8 * (e % 2) : BITS == 4 ? 4 * (e < 5 ? e : e - 5) : BITS * e;
-  }
+  /// Bit at which code e of eight stays in the float's mantissa, after a shift of its word. Shifts
+  /// bring no code to bit 0: compilers make that an extraction of its own.
+  static constexpr uint place(uint e) { return e * BITS % 32 - shift(e); }
   static constexpr uint shift(uint e) {
-    return BITS == 8 ? 16 * (e % 4 / 2) : BITS == 4 ? (e < 5 ? 0 : 20) : 0;
+    return BITS == 8 ? (e % 4 < 2 ? 0 : 12) : BITS == 4 ? (e < 5 ? 0 : 16) : 0;
   }
   static inline float factor(uint e) { return as_type<float>((127u - place(e % 8)) << 23); }
   template <uint E>
@@ -140,10 +139,11 @@ struct KvqPlain {
   KVQ_CONST uint kMaxChunk = 32;  ///< most elements of a chunk
   KVQ_CONST uint kAlign = 16;     ///< most that chunks are aligned to within a row
   KVQ_CONST bool kBiased = false;
-  KVQ_CONST uint kTable = 0;      ///< entries of the codebook
-  KVQ_CONST uint kHalfTable = 0;  ///< entries of the codebook in float16
-  KVQ_CONST uint kCopies = 1;     ///< of them, side by side, so that lanes find their banks free
-  KVQ_CONST uint kGroup = 0;      ///< elements that share a scale; 0: the row
+  KVQ_CONST uint kTable = 0;        ///< entries of the codebook
+  KVQ_CONST uint kHalfTable = 0;    ///< entries of the codebook in float16
+  KVQ_CONST uint kCopies = 1;       ///< of them, side by side, so that lanes find their banks free
+  KVQ_CONST uint kGroup = 0;        ///< elements that share a scale; 0: the row
+  KVQ_CONST bool kHalfway = false;  ///< chunks begin at words and halfway between two
   static inline float entry(uint) { return 0.0f; }
   static inline uint half_entry(uint) { return 0u; }
   static inline float factor(uint) { return 1.0f; }
@@ -154,12 +154,13 @@ struct KvqPlain {
   }
 };
 
-/// Number i of an array of S.
+/// Number i of an array of S. Words are taken apart by shifts: of a vector's elements the compiler
+/// makes registers of their own, where the word is loaded, and so waits for it there.
 inline float kvq_number(thread const uint* words, uint i, float) {
   return as_type<float>(words[i]);
 }
 inline float kvq_number(thread const uint* words, uint i, half) {
-  return float(as_type<half2>(words[i / 2])[i % 2]);
+  return float(as_type<half>(ushort(words[i / 2] >> (i % 2 * 16))));
 }
 inline float kvq_number(thread const uint* words, uint i, bfloat) {
   return as_type<float>(i % 2 == 0 ? words[i / 2] << 16 : words[i / 2] & 0xFFFF0000u);
@@ -242,6 +243,7 @@ struct KvqGguf : KvqPlain {
   KVQ_CONST uint kGroup = 32;
   KVQ_CONST uint kBlock = 2 + 4 * BITS;
   KVQ_CONST uint kAlign = 2;
+  KVQ_CONST bool kHalfway = true;
   /// q4_0's byte j holds elements j and j + 16.
   template <uint N>
   static inline uint element(uint chunk, uint i) {
@@ -506,6 +508,40 @@ template <typename F, bool ALIGNED>
 constexpr uint kvq_alignment(uint bytes) {
   return ALIGNED ? kvq_power(bytes, F::kAlign) : 1;
 }
+
+/// A chunk of N elements of a row of D, as it was loaded: nothing is done with it, or waits for it,
+/// before get(). Rows of chunks that begin halfway between words are loaded by words all the same,
+/// from half a word before the chunk, or a whole one.
+template <typename F, uint D, uint N, bool ALIGNED>
+struct KvqChunk {
+  KVQ_CONST uint kBytes = N * F::kBits / 8;
+  /// Every second block begins halfway: the last does not, so that none is read past its end.
+  KVQ_CONST bool kHalfway = F::kHalfway && ALIGNED && D % 64 == 0 && kBytes % 4 == 0;
+  KVQ_CONST bool kScaled = kHalfway && N == F::kGroup;  ///< its scale comes with it
+  KVQ_CONST uint kCodes = (kBytes + 3) / 4;             ///< words of codes
+  KVQ_CONST uint kWords = kCodes + (kHalfway ? 1 : 0);
+  uint words[kWords];
+
+  /// `from`: where the chunk begins, `at` bytes into its row.
+  void load(device const uchar* from, uint at) thread {
+    if (kHalfway) {
+      kvq_load<4 * kWords, 4>(from - (at % 4 == 2 ? 2 : 4), words);
+    } else {
+      kvq_load<kBytes, kvq_alignment<F, ALIGNED>(kBytes)>(from, words);
+    }
+  }
+  void get(uint at, thread uint* codes) const thread {
+    KVQ_UNROLL for (uint i = 0; i < kCodes; ++i) {
+      codes[i] = !kHalfway     ? words[i]
+                 : at % 4 == 2 ? (words[i] >> 16) | (words[i + 1] << 16)
+                               : words[i + 1];
+    }
+  }
+  float2 scale(uint at) const thread {
+    return float2(float(as_type<half>(ushort(words[0] >> (at % 4 == 2 ? 0 : 16)))), 0.0f);
+  }
+  void clear() thread { KVQ_UNROLL for (uint i = 0; i < kWords; ++i) words[i] = 0; }
+};
 
 /// Smallest multiple of step that divides d into at most 32 chunks.
 constexpr uint kvq_wide_chunk(uint d, uint step) {

@@ -47,12 +47,12 @@ struct KvqMatrixShape {
   KVQ_CONST uint kGroups = D / kGroup;                              ///< groups of a row
   KVQ_CONST uint kChunk = kvq_power(kGroup / LANES, F::kMaxChunk);  ///< elements at a time
   KVQ_CONST uint kTurns = kGroup / LANES / kChunk;                  ///< chunks of a lane in a group
-  KVQ_CONST uint kBytes = kChunk * F::kBits / 8;                    ///< bytes of a chunk
-  KVQ_CONST uint kWords = (kBytes + 3) / 4;                         ///< words of a chunk
   /// From the first chunk of a lane to that of its turn u.
   static inline uint turn(uint u) {
     return F::template offset<kChunk>(u * LANES) - F::template offset<kChunk>(0);
   }
+  /// A place that a word could have for any lane's chunk of that turn: KvqChunk asks no more.
+  static constexpr uint place(uint u) { return F::kHalfway && u % 2 == 0 ? 2 : 0; }
 };
 
 /// A lane's part of a tile of packed rows: chunks of ROWS rows, and the scales of one.
@@ -60,26 +60,27 @@ template <typename F, uint D, uint LANES, uint ROWS, bool ALIGNED>
 struct KvqMatrixTile {
   typedef KvqMatrixShape<F, D, LANES> Shape;
   typedef typename F::template Scales<D, ALIGNED> Scales;
+  typedef KvqChunk<F, D, Shape::kChunk, ALIGNED> Chunk;
   KVQ_CONST uint kChunks = Shape::kGroups * Shape::kTurns;  ///< of a row
-  uint words[ROWS][kChunks][Shape::kWords];
+  Chunk chunks[ROWS][kChunks];
   uint scales[Scales::kWords];
 
   /// `chunk` is where slot 0 has the lane's first chunk.
   void load_codes(device const uchar* chunk, uint stride, uint slot, uint row) thread {
     device const uchar* from = chunk + ulong(slot) * stride;
     KVQ_UNROLL for (uint u = 0; u < kChunks; ++u) {
-      kvq_load<Shape::kBytes, kvq_alignment<F, ALIGNED>(Shape::kBytes)>(from + Shape::turn(u),
-                                                                        words[row][u]);
+      chunks[row][u].load(from + Shape::turn(u), Shape::place(u));
     }
+  }
+  void get(uint row, uint u, thread uint* codes) const thread {
+    chunks[row][u].get(Shape::place(u), codes);
   }
   void load_scales(KvqRows rows, uint slot) thread {
     const KvqRows from = rows.row(slot);
     Scales::load(from.codes, from.scales, from.biases, scales);
   }
   void clear_codes(uint row) thread {
-    KVQ_UNROLL for (uint u = 0; u < kChunks; ++u) {
-      KVQ_UNROLL for (uint i = 0; i < Shape::kWords; ++i) words[row][u][i] = 0;
-    }
+    KVQ_UNROLL for (uint u = 0; u < kChunks; ++u) chunks[row][u].clear();
   }
   void clear_scales() thread { KVQ_UNROLL for (uint i = 0; i < Scales::kWords; ++i) scales[i] = 0; }
 };
@@ -156,14 +157,11 @@ template <typename T, typename KF, typename VF, uint D, uint DV, uint R, bool AL
   constexpr uint simdgroups = KVQ_ATTENTION_THREADS / 32;
   constexpr uint tiles = 2;  // of tokens in a block
   constexpr uint block = 8 * tiles;
-  constexpr uint columns = R / 8;               // matrices that hold the rows
-  threadgroup float rows[R * kvq_most(D, DV)];  // plain rows: queries, at the end sums
+  constexpr uint columns = R / 8;                   // matrices that hold the rows
+  threadgroup float rows[R * kvq_most(D, DV + 1)];  // plain rows: queries, at the end sums
   threadgroup float query_sum[K::kGroups * R];
   threadgroup float query_factor[R], mean_score[R];
-  threadgroup uint row_first[R], row_last[R];
-  // What blocks that need a mask use: here it takes no registers.
-  threadgroup long mask_row[R], mask_origin[1];
-  threadgroup KvqShaping shaping[1];
+  threadgroup KvqSeen<R> seen;
   threadgroup float scratch[simdgroups][64];
   threadgroup float group_m[simdgroups][R], group_l[simdgroups][R];
   threadgroup float row_m[R], row_l[R];
@@ -175,6 +173,8 @@ template <typename T, typename KF, typename VF, uint D, uint DV, uint R, bool AL
   const uint split = position.x, first_row = position.y * R;
   const uint batch = position.z / p.groups, group = position.z % p.groups;
   const uint repeat = p.heads / p.groups, all_rows = p.queries * repeat;
+  const KvqRows keys = kvq_rows(p.k, k_codes, k_scales, k_biases, batch, group);
+  const KvqRows values = kvq_rows(p.v, v_codes, v_scales, v_biases, batch, group);
   const long length = kvq_bound(kv_length, p.kv_length, batch);
   const KvqSpan span = kvq_row_span(p, length, kvq_bound(kv_start, p.kv_start, batch),
                                     kvq_bound(kv_end, p.kv_end, batch));
@@ -182,28 +182,42 @@ template <typename T, typename KF, typename VF, uint D, uint DV, uint R, bool AL
       kvq_tokens(p, span, length, first_row / repeat, (min(first_row + R, all_rows) - 1) / repeat,
                  split, block * simdgroups);
 
+  if (thread_index < 64) places[thread_index] = half(thread_index);
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  // This lane's place in a matrix.
+  KvqHalfMatrix place;
+  simdgroup_load(place, places, 8);
+  const uint at = uint(kvq_elements(place).x), row = at / 8, column = at % 8;
+
+  device const uchar* key_chunk = keys.codes + KF::template offset<K::kChunk>(column / 2);
+  device const uchar* value_chunk = values.codes + VF::template offset<V::kChunk>(row);
+
+  // What a lane needs next is loaded as soon as what it had is used: keys before the values of the
+  // block before, values before the scores of their own. With many rows, of which there are few
+  // threadgroups at a time, all of it a whole block ahead.
+  constexpr bool ahead = columns > 1;
+  KeyTile key[tiles];
+  ValueTile value[tiles];
+  constexpr uint step = simdgroups * block;
+  if (tokens.begin < tokens.end) {
+    const uint t = tokens.begin + simdgroup * block;
+    kvq_load_keys<tiles>(key, tokens, t, keys, key_chunk, row);
+    kvq_load_values<tiles>(value, tokens, t, values, value_chunk, row, column);
+  }
+
   // Queries, rotated. Rows past the last repeat it; they are not written out.
   threadgroup uint* own_table = tables + (v_entries == 0 ? 0 : KF::kHalfTable * KF::kCopies);
   kvq_fill_half_table<KF>(tables, thread_index);
   if (v_entries > 0) kvq_fill_half_table<VF>(own_table, thread_index);
   threadgroup const uint* k_table = tables + lane % KF::kCopies;
   threadgroup const uint* v_table = own_table + lane % VF::kCopies;
-  if (thread_index < 64) places[thread_index] = half(thread_index);
   for (uint i = thread_index; i < R * D; i += KVQ_ATTENTION_THREADS) {
     const KvqRow row = kvq_row(p, group, min(first_row + i / D, all_rows - 1));
     const long from = long(batch) * p.query_batch + long(row.head) * p.query_head +
                       long(row.query) * p.query_token;
     rows[i] = float(query[from + i % D]);
   }
-  if (thread_index < R) {
-    const KvqRow row = kvq_row(p, group, min(first_row + thread_index, all_rows - 1));
-    const KvqSpan seen = kvq_query_span(p, span, length, row.query);
-    row_first[thread_index] = uint(clamp(seen.first - tokens.first, 0l, long(tokens.count)));
-    row_last[thread_index] = uint(clamp(seen.last - tokens.first, 0l, long(tokens.count)));
-    mask_row[thread_index] = kvq_mask_row(p, batch, row);
-    mask_origin[0] = kvq_mask_origin(p, tokens, length);
-    shaping[0] = kvq_shaping(p);
-  }
+  kvq_fill_seen(seen, p, span, length, tokens, batch, group, first_row, all_rows, thread_index);
   threadgroup_barrier(mem_flags::mem_threadgroup);
   for (uint r = simdgroup; r < R; r += simdgroups) {
     float sum = 0.0f;
@@ -234,11 +248,6 @@ template <typename T, typename KF, typename VF, uint D, uint DV, uint R, bool AL
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
-  // This lane's place in a matrix.
-  KvqHalfMatrix place;
-  simdgroup_load(place, places, 8);
-  const uint at = uint(kvq_elements(place).x), row = at / 8, column = at % 8;
-
   // Element i of the products is this one of a token's key: chunk row / 2 of four, pair i.
   KvqHalfMatrix q[D / 8][columns];
   float2 factor[columns], q_sum[K::kGroups][columns];
@@ -257,19 +266,8 @@ template <typename T, typename KF, typename VF, uint D, uint DV, uint R, bool AL
     }
   }
 
-  // Blocks in [plain_first, plain_last) need no mask of any kind.
-  uint plain_first = 0, plain_last = tokens.end;
-  KVQ_UNROLL for (uint r = 0; r < R; ++r) {
-    plain_first = max(plain_first, row_first[r]);
-    plain_last = min(plain_last, row_last[r]);
-  }
-  if (p.softcap > 0.0f || p.mask_kind != KVQ_MASK_NONE) plain_last = 0;
+  const uint2 plain_tokens = kvq_plain_tokens(seen, tokens.end);
   const uint magic = kvq_half_magic(p.magic);
-  const KvqRows keys = kvq_rows(p.k, k_codes, k_scales, k_biases, batch, group);
-  const KvqRows values = kvq_rows(p.v, v_codes, v_scales, v_biases, batch, group);
-
-  device const uchar* key_chunk = keys.codes + KF::template offset<K::kChunk>(column / 2);
-  device const uchar* value_chunk = values.codes + VF::template offset<V::kChunk>(row);
 
   KvqFloatMatrix o[DV / 8][columns];
   float2 m[columns], l[columns], o_bias[V::kGroups][columns];
@@ -281,20 +279,13 @@ template <typename T, typename KF, typename VF, uint D, uint DV, uint R, bool AL
         make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
   }
 
-  // Packed rows are loaded a block ahead.
-  KeyTile key[tiles];
-  ValueTile value[tiles];
-  constexpr uint step = simdgroups * block;
-  if (tokens.begin < tokens.end) {
-    const uint t = tokens.begin + simdgroup * block;
-    kvq_load_keys<tiles>(key, tokens, t, keys, key_chunk, row);
-    kvq_load_values<tiles>(value, tokens, t, values, value_chunk, row, column);
-  }
   for (uint t = tokens.begin + simdgroup * block; t < tokens.end; t += step) {
     KeyTile next_key[tiles];
     ValueTile next_value[tiles];
-    kvq_load_keys<tiles>(next_key, tokens, t + step, keys, key_chunk, row);
-    kvq_load_values<tiles>(next_value, tokens, t + step, values, value_chunk, row, column);
+    if (ahead) {
+      kvq_load_keys<tiles>(next_key, tokens, t + step, keys, key_chunk, row);
+      kvq_load_values<tiles>(next_value, tokens, t + step, values, value_chunk, row, column);
+    }
 
     // 1. Scores of token t + 8 i + row.
     float2 score[tiles][columns];
@@ -306,8 +297,11 @@ template <typename T, typename KF, typename VF, uint D, uint DV, uint R, bool AL
             make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
         KVQ_UNROLL for (uint u = g * K::kTurns; u < (g + 1) * K::kTurns; ++u) {
           half2 pairs[2][K::kChunk / 2];
-          KF::template pairs<K::kChunk>(key[i].words[0][u], k_table, magic, pairs[0]);
-          KF::template pairs<K::kChunk>(key[i + 1].words[0][u], k_table, magic, pairs[1]);
+          KVQ_UNROLL for (uint k = 0; k < 2; ++k) {
+            uint codes[KeyTile::Chunk::kCodes];
+            key[i + k].get(0, u, codes);
+            KF::template pairs<K::kChunk>(codes, k_table, magic, pairs[k]);
+          }
           KVQ_UNROLL for (uint j = 0; j < K::kChunk / 2; ++j) {
             KvqHalfMatrix a[2];
             kvq_elements(a[0]) = pairs[0][j];
@@ -331,31 +325,29 @@ template <typename T, typename KF, typename VF, uint D, uint DV, uint R, bool AL
       }
     }
 
+    if (!ahead) kvq_load_keys<tiles>(key, tokens, t + step, keys, key_chunk, row);
+
     // 2. Softmax.
-    uint seen = ~0u;  // bit (i * columns + c) * 2 + k: row 8 c + column + k sees the token
-    const bool plain = t >= plain_first && t + block <= plain_last;
+    uint sees = ~0u;  // bit (i * columns + c) * 2 + k: row 8 c + column + k sees the token
+    const bool plain = t >= plain_tokens.x && t + block <= plain_tokens.y;
     if (!plain) {
-      seen = 0;
-      const KvqShaping shape = {shaping[0].softcap, shaping[0].mask_kind, shaping[0].mask_columns,
-                                shaping[0].mask_column};
+      sees = 0;
       for (uint n = 0; n < tiles * columns * 2; ++n) {
-        const uint token = t + n / (2 * columns) * 8 + row;
         const uint r = n / 2 % columns * 8 + column + n % 2;
-        bool visible = token < tokens.end && token >= row_first[r] && token < row_last[r];
         float s = 0.0f;
         KVQ_UNROLL for (uint i = 0; i < tiles * columns * 2; ++i) {
           s = i == n ? score[i / (2 * columns)][i / 2 % columns][i % 2] : s;
         }
+        bool visible;
         // The mean's share is the same for all tokens: here it counts, and at the end.
-        s = kvq_finish_score(shape, mask, mask_row[r],
-                             mask_origin[0] + long(min(token, tokens.end - 1)), s + mean_score[r],
-                             visible) -
+        s = kvq_see(seen, mask, r, t + n / (2 * columns) * 8 + row, tokens.end, s + mean_score[r],
+                    visible) -
             mean_score[r];
         KVQ_UNROLL for (uint i = 0; i < tiles * columns * 2; ++i) {
           const float old = score[i / (2 * columns)][i / 2 % columns][i % 2];
           score[i / (2 * columns)][i / 2 % columns][i % 2] = i == n ? s : old;
         }
-        seen |= visible ? 1u << n : 0u;
+        sees |= visible ? 1u << n : 0u;
       }
     }
     // A weight times the scale of its value must fit float16: the maximum is of both.
@@ -370,7 +362,7 @@ template <typename T, typename KF, typename VF, uint D, uint DV, uint R, bool AL
       scale = log(scale);
       KVQ_UNROLL for (uint c = 0; c < columns; ++c) {
         KVQ_UNROLL for (uint k = 0; k < 2; ++k) {
-          const bool visible = plain || (seen >> ((i * columns + c) * 2 + k) & 1) != 0;
+          const bool visible = plain || (sees >> ((i * columns + c) * 2 + k) & 1) != 0;
           highest[c][k] = max(highest[c][k], visible ? score[i][c][k] + scale : KVQ_LOWEST);
         }
       }
@@ -414,7 +406,7 @@ template <typename T, typename KF, typename VF, uint D, uint DV, uint R, bool AL
       KVQ_UNROLL for (uint c = 0; c < columns; ++c) {
         const float2 above = score[i][c] - m[c];
         float2 w = float2(kvq_exp(above.x), kvq_exp(above.y));
-        const uint bits = seen >> ((i * columns + c) * 2);
+        const uint bits = sees >> ((i * columns + c) * 2);
         w = float2(plain || (bits & 1) != 0 ? w.x : 0.0f, plain || (bits & 2) != 0 ? w.y : 0.0f);
         l[c] += w;
         KVQ_UNROLL for (uint g = 0; g < V::kGroups; ++g) {
@@ -425,8 +417,10 @@ template <typename T, typename KF, typename VF, uint D, uint DV, uint R, bool AL
       }
       KVQ_UNROLL for (uint u = 0; u < V::kGroups * V::kTurns; ++u) {
         half2 pairs[V::kChunk];
-        VF::template columns<V::kChunk>(value[i].words[0][u], value[i].words[1][u], v_table, magic,
-                                        pairs);
+        uint codes[2][ValueTile::Chunk::kCodes];
+        value[i].get(0, u, codes[0]);
+        value[i].get(1, u, codes[1]);
+        VF::template columns<V::kChunk>(codes[0], codes[1], v_table, magic, pairs);
         KVQ_UNROLL for (uint j = 0; j < V::kChunk; j += 2) {
           KvqHalfMatrix a[2];
           kvq_elements(a[0]) = pairs[j];
@@ -438,9 +432,13 @@ template <typename T, typename KF, typename VF, uint D, uint DV, uint R, bool AL
         }
       }
     }
-    KVQ_UNROLL for (uint i = 0; i < tiles; ++i) {
-      key[i] = next_key[i];
-      value[i] = next_value[i];
+    if (ahead) {
+      KVQ_UNROLL for (uint i = 0; i < tiles; ++i) {
+        key[i] = next_key[i];
+        value[i] = next_value[i];
+      }
+    } else {
+      kvq_load_values<tiles>(value, tokens, t + step, values, value_chunk, row, column);
     }
   }
 
@@ -470,6 +468,7 @@ template <typename T, typename KF, typename VF, uint D, uint DV, uint R, bool AL
     row_l[thread_index] = sum;
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
+  // Rows of DV + 1 for the time being, so that lanes find their banks free.
   for (uint s = 0; s < simdgroups; ++s) {
     if (s == simdgroup) {
       KVQ_UNROLL for (uint c = 0; c < columns; ++c) {
@@ -481,13 +480,25 @@ template <typename T, typename KF, typename VF, uint D, uint DV, uint R, bool AL
             const uint d = VF::template element<V::kChunk>(u * 8 + row, i % V::kChunk);
             float x = kvq_elements(o[i][c])[k];
             if (VF::kBiased) x += o_bias[u / V::kTurns][c][k];
-            rows[r * DV + d] = s == 0 ? x * kept : rows[r * DV + d] + x * kept;
+            threadgroup float& sum = rows[r * (DV + 1) + d];
+            sum = s == 0 ? x * kept : sum + x * kept;
           }
         }
       }
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
   }
+  constexpr uint per_thread = R * DV / KVQ_ATTENTION_THREADS;
+  float sums[per_thread];
+  KVQ_UNROLL for (uint i = 0; i < per_thread; ++i) {
+    const uint n = i * KVQ_ATTENTION_THREADS + thread_index;
+    sums[i] = rows[n / DV * (DV + 1) + n % DV];
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  KVQ_UNROLL for (uint i = 0; i < per_thread; ++i) {
+    rows[i * KVQ_ATTENTION_THREADS + thread_index] = sums[i];
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
   kvq_write_rows<T, DV>(p, rows, row_m, row_l, R, first_row, batch, group, split, sinks, v_signs,
                         v_mean, out, lse, partial, thread_index);
 }
