@@ -167,13 +167,14 @@ def _attention_unit(k, v, dtype, head_dim, wanted, aligned=True):  # type: ignor
     scales = default_scale_dtype(dtype)
     sides = [(fmt, dtype if fmt.family == "none" else scales) for fmt in (k, v)]
     flat = [x for side in sides for x in side]
-    # The matrix kernels one by one: ptxas takes one limit of registers for a unit.
-    for kind, only in (("decode", 0), ("matrix", 8), ("matrix", 16), ("prefill", 0)):
+    # Some on their own: ptxas takes one limit of registers for a unit.
+    units = [("decode", {1}), ("decode", {2, 4, 8}), ("matrix", {8}), ("matrix", {16})]
+    for kind, only in [*units, ("prefill", {1})]:
         lines, named = "", []
         for each, rows in dict.fromkeys(wanted):
             if (
                 each != kind
-                or only not in (0, rows)
+                or rows not in only
                 or (kind == "matrix" and not fits_matrix(dtype, *flat, head_dim, head_dim))
             ):
                 continue
