@@ -5,9 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from torch_kvq.formats import KVFormat
+
 from .. import mutate, requirements
 from .attention_launch import compose, source, template
-from .test_attention_kernels import INT4, TQ4, Case
+from .test_attention_kernels import TQ4, Case
+
+INT4 = KVFormat("int4", 32)  # several groups, so that lanes share scales
 
 pytestmark = pytest.mark.slow
 
@@ -17,15 +21,15 @@ def _tools() -> None:
     requirements.require(requirements.missing_for_emulator())
 
 
-def case_and_options(queries):
+def case_and_options(queries, head_dim=64):
     """All that the kernels hold barriers for: rotation of queries and outputs, means, several
     blocks of tokens for every simdgroup."""
     case = Case(
-        INT4, TQ4, torch.float16, rotate=True, heads=4, groups=2, queries=queries, head_dim=64,
-        capacity=300, tokens=290,
+        INT4, TQ4, torch.float16, rotate=True, heads=4, groups=2, queries=queries,
+        head_dim=head_dim, capacity=300, tokens=290,
     )  # fmt: skip
     generator = torch.Generator().manual_seed(2)
-    means = {f"{side}_mean": torch.randn(2, 64, generator=generator) for side in "kv"}
+    means = {f"{side}_mean": torch.randn(2, head_dim, generator=generator) for side in "kv"}
     # Scores that grow from tile to tile, so that the prefill kernel rescales its output.
     ramp = torch.arange(290).float() / 4
     return case, {**means, "mask": ramp}
@@ -47,7 +51,7 @@ def test_barriers():
             case.run(kernel=kernel, library=library, k_signs=None, v_signs=None)
 
         left[kernel] = survivors(source(kernel, line), run)
-    case, options = case_and_options(1)
+    case, options = case_and_options(1, head_dim=256)  # more columns than are summed at once
 
     def run_merge(library):
         case.run(splits=2, mode="race", merge_library=library, **options)
