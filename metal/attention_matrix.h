@@ -212,9 +212,9 @@ template <typename T, typename KF, typename VF, uint D, uint DV, uint R, bool AL
   threadgroup const uint* k_table = tables + lane % KF::kCopies;
   threadgroup const uint* v_table = own_table + lane % VF::kCopies;
   for (uint i = thread_index; i < R * D; i += KVQ_ATTENTION_THREADS) {
-    const KvqRow row = kvq_row(p, group, min(first_row + i / D, all_rows - 1));
-    const long from = long(batch) * p.query_batch + long(row.head) * p.query_head +
-                      long(row.query) * p.query_token;
+    const KvqRow whose = kvq_row(p, group, min(first_row + i / D, all_rows - 1));
+    const long from = long(batch) * p.query_batch + long(whose.head) * p.query_head +
+                      long(whose.query) * p.query_token;
     rows[i] = float(query[from + i % D]);
   }
   kvq_fill_seen(seen, p, span, length, tokens, batch, group, first_row, all_rows, thread_index);
