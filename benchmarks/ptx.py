@@ -1,11 +1,13 @@
 """The Metal kernels as PTX on an NVIDIA GPU.
 
-    python benchmarks/ptx.py build --kernels build/ptx     # needs clang-19 and ptxas, no GPU
-    python benchmarks/ptx.py run --kernels build/ptx       # needs a GPU, torch and cupy
-    python benchmarks/ptx.py sanitize --kernels build/ptx  # and compute-sanitizer
+    python benchmarks/ptx.py build --jobs 2                # needs clang-19 and ptxas, no GPU
+    python benchmarks/ptx.py run --out gpu.json            # needs a GPU, torch and cupy
+    python benchmarks/ptx.py sanitize --out gpu.json       # and compute-sanitizer
 
 ``run`` checks every kernel against the reference, times ops against torch's attention and against
-copies, and counts executed instructions with Nsight Compute. torch_kvq need not be built.
+copies, and counts executed instructions with Nsight Compute; ``--phases`` and ``--op`` choose a
+part. Results are added to those that the file has, so that parts may run one after another.
+``sanitize`` launches every kernel under memcheck and racecheck. torch_kvq need not be built.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import argparse
 import importlib.machinery
 import importlib.util
 import json
+import os
 import sys
 import time
 import traceback
@@ -38,6 +41,8 @@ GROUPS = 8
 #: Query tokens of a timed step; several with MULTI_QUERY only, unless formats are named.
 QUERIES = (1, 4, 8)
 MULTI_QUERY = ("int4-g64",)
+PHASES = ("checks", "codecs", "q4_k", "attention", "counters")
+TOOLS = ("memcheck", "racecheck")
 #: Formats of K and V that are timed.
 TIMED = ("int8-g64", "int4-g64", "int4-g64-rot", "tq4", "fp8_e4m3-g64", "q8_0", "q4_0")
 
@@ -63,11 +68,18 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument("--repeats", nargs="+", type=int, default=list(REPEATS))
             command.add_argument("--queries", nargs="+", type=int, default=list(QUERIES))
             command.add_argument("--out", type=Path, metavar="JSON")
+        if name in ("run", "sanitize"):
+            command.add_argument(
+                "--jobs", type=int, default=os.cpu_count(), help="processes of small launches"
+            )
         if name == "run":
-            command.add_argument("--no-checks", action="store_true", help="time only")
-            command.add_argument("--no-counters", action="store_true", help="without ncu")
+            command.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES))
+        if name == "sanitize":
+            command.add_argument("--tools", nargs="+", choices=TOOLS, default=list(TOOLS))
         if name == "launch":
             command.add_argument("what", choices=("counted", "small"))
+            command.add_argument("--share", default="0/1", metavar="I/N")
+            command.add_argument("--checked", action="store_true")
     return top
 
 
@@ -182,19 +194,19 @@ def run_codecs(kernels, args: argparse.Namespace) -> list[dict]:  # type: ignore
 
 
 def launch(args: argparse.Namespace) -> int:
-    """What ncu and compute-sanitizer run."""
+    """What ncu and compute-sanitizer run, and each process of the checks."""
     import torch
 
-    from benchmarks.gpu import attention, codecs, q4_k
+    from benchmarks.gpu import attention, codecs, q4_k, shares
     from benchmarks.gpu.catalogue import DTYPES
     from benchmarks.gpu.device import Kernels
 
     kernels = Kernels(args.kernels)
     launched = []
     if args.what == "small":
-        launched += [row["kernel"] for row, _ in attention.small_checks(kernels, checked=False)]
-        for module in (codecs, q4_k):
-            launched += [row["kernel"] for row, _ in module.small_checks(kernels)]
+        index, _, count = args.share.partition("/")
+        share = int(index), int(count)
+        launched += shares.small(kernels, share, args.checked, args.op)
     else:
         dtype = DTYPES[(args.dtypes or ["half"])[0]]
         for row in kernels.rows:
@@ -203,7 +215,7 @@ def launch(args: argparse.Namespace) -> int:
                 call()
                 launched.append(
                     {"kernel": row["kernel"], "op": row["op"], "nbytes": size,
-                     "format": row.get("format") or row.get("k", ""),
+                     "format": codecs.format_of(row),
                      "constants": row["constants"], "registers": row["registers"]}
                 )  # fmt: skip
         for row in kernels.select(op="q4_k_gemv", dtype="half"):
@@ -265,28 +277,27 @@ def count_instructions(args: argparse.Namespace) -> list[dict]:
     return launched
 
 
-def run_checks(kernels, args: argparse.Namespace) -> dict:  # type: ignore[no-untyped-def]
-    """Every kernel of the build against the reference."""
-    from benchmarks.gpu import attention, codecs, q4_k
+def run_checks(args: argparse.Namespace, table: dict[str, dict]) -> dict:
+    """Every kernel of the build against the reference; adds to the kernels' table."""
+    from benchmarks.gpu import shares
 
-    checks = {}
-    for name, module in (("attention", attention), ("codecs", codecs), ("q4_k", q4_k)):
-        begin = time.perf_counter()
-        results, wrong = [], []
-        try:
-            for row, result in module.small_checks(kernels):
-                results.append(result)
-                if not result["ok"]:
-                    wrong.append({"kernel": row["kernel"], "constants": row["constants"], **result})
-        except Exception:
-            wrong.append({"failed": traceback.format_exc()})
-            traceback.print_exc()
-        checks[name] = {"kernels": len(results), "wrong": wrong}
-        seconds = time.perf_counter() - begin
-        print(f"{name}: {len(results)} kernels checked in {seconds:.0f} s", flush=True)
-        for each in wrong[:20]:
-            print("WRONG", each, flush=True)
-    return checks
+    found = shares.check(args.kernels, args.jobs, args.op)
+    for row in found.pop("rows"):  # type: ignore[attr-defined]
+        mine = table.setdefault(row["kernel"], {})
+        mine["checks"] = mine.get("checks", 0) + 1
+        mine["ok"] = mine.get("ok", True) and row["ok"]
+        for each in row.get("checks", []):
+            for name in ("error", "dense_error"):
+                mine[name] = max(mine.get(name, 0.0), each[name])
+    print(f"{found['kernels']} kernels checked in {found['seconds']:.0f} s", flush=True)
+    for each in found["wrong"][:20]:  # type: ignore[index]
+        print("WRONG", each, flush=True)
+    return found
+
+
+def read(path: Path | None) -> dict:
+    """Results so far."""
+    return json.loads(path.read_text()) if path and path.exists() else {}
 
 
 def run(args: argparse.Namespace) -> int:
@@ -294,35 +305,47 @@ def run(args: argparse.Namespace) -> int:
 
     kernels = Kernels(args.kernels)
     started = time.perf_counter()
-    found: dict = {"machine": machine(), "bandwidth": bandwidth()}
-    print(json.dumps(found), flush=True)
-    if not args.no_checks:
-        found["checks"] = run_checks(kernels, args)
-    if not args.op or set(args.op) - {"attention"}:
+    found = read(args.out)
+    seconds = found.setdefault("seconds", {})
+
+    def finish(phase: str) -> None:
+        nonlocal started
+        seconds[phase] = time.perf_counter() - started
+        started = time.perf_counter()
+        if args.out:
+            args.out.write_text(json.dumps(found, indent=1))
+
+    found |= {"machine": machine(), "bandwidth": bandwidth()}
+    table = found.setdefault("kernels", {})
+    for name, usage in registers(kernels.rows).items():
+        table.setdefault(name, {}).update(usage)
+    print(json.dumps({name: found[name] for name in ("machine", "bandwidth")}), flush=True)
+    finish("bandwidth")
+    if "checks" in args.phases:
+        for row in table.values():
+            row.pop("checks", None)
+        found["checks"] = run_checks(args, table)
+        finish("checks")
+    if "codecs" in args.phases and (not args.op or set(args.op) - {"attention", "q4_k_gemv"}):
         found["codecs"] = run_codecs(kernels, args)
-    if not args.op or "q4_k_gemv" in args.op:
+        finish("codecs")
+    if "q4_k" in args.phases and (not args.op or "q4_k_gemv" in args.op):
         from benchmarks.gpu import q4_k
 
         found["q4_k"] = list(q4_k.measure(kernels, found["bandwidth"]["read_gbps"]))
-        for result in found["q4_k"]:
-            share = 100 * result["of_read"]
-            print(f"{result['kernel']} {result['us']:7.1f} us {share:4.0f} % of read", flush=True)
-    wanted = set(args.op or ("attention",))
-    if "attention" in wanted:
+        finish("q4_k")
+    if "attention" in args.phases and (not args.op or "attention" in args.op):
         found["attention"] = run_attention(kernels, args)
-    if not args.no_counters:
+        finish("attention")
+    if "counters" in args.phases:
         try:
             found["instructions"] = count_instructions(args)
         except Exception:
             found["instructions_failed"] = traceback.format_exc()
             traceback.print_exc()
-    found["registers"] = registers(kernels.rows)
-    found["seconds"] = time.perf_counter() - started
+        finish("counters")
     print(summary(found))
-    if args.out:
-        args.out.write_text(json.dumps(found, indent=1))
-    checks = found.get("checks", {}).values()
-    return 1 if any(check["wrong"] for check in checks) else 0
+    return 1 if found.get("checks", {}).get("wrong") else 0
 
 
 def registers(rows: list[dict]) -> dict[str, dict]:
@@ -337,41 +360,73 @@ def registers(rows: list[dict]) -> dict[str, dict]:
 
 
 def summary(found: dict) -> str:
-    """Attention as one table: times faster than torch's best, and instructions a packed byte."""
-    counted = {
-        (row["format"], row["heads_per_kv_head"], row["queries"], row["kernel"]): row
-        for row in found.get("instructions", [])
-        if row["op"] == "attention"
-    }
-    lines = ["format          B      T  H/G  L   times dense  instructions/byte  registers"]
+    """Tables of what was timed, with what is asked and instructions a packed byte."""
+    from benchmarks.gpu import bars
+
+    counted: dict[tuple, float] = {}
+    for row in found.get("instructions", []):
+        shape = row.get("heads_per_kv_head"), row.get("queries"), str(row.get("constants"))
+        counted[(row["format"], row["kernel"], *shape)] = row["instructions_per_byte"]
+
+    def per_byte(row: dict, *shape: object) -> str:
+        value = counted.get((row["format"], row["kernel"], *shape))
+        return "-" if value is None else f"{value:.1f}"
+
+    lines = ["op         format                 B      L  of copy  bar         instructions/byte"]
+    for row in found.get("codecs", []):
+        bar = bars.CODECS.get(row["op"]) if not row["format"].startswith("none") else None
+        rotated = any(v for k, v in row["constants"].items() if k.endswith("rotate"))
+        lines.append(
+            f"{row['op']:10s} {row['format']:13s} {'rotated' if rotated else '':7s}"
+            f"{row['batch']:3d} {row['tokens']:6d} "
+            f"{row['of_copy']:8.2f}  {bars.verdict(row['of_copy'], bar):12s}"
+            f"{per_byte(row, None, None, str(row['constants'])):>6s}"
+        )
+    for row in found.get("q4_k", []):
+        lines.append(
+            f"{row['op']} {row['dtype']} {row['shape']}: {row['us']:.1f} us, "
+            f"{row['of_read']:.2f} of read, bar {bars.verdict(row['of_read'], bars.Q4_K)}"
+        )
+    lines.append("format          B      T  H/G  L  times dense  bar        instructions/byte  bar")
     for row in found.get("attention", []):
         if "us" not in row:
             continue
-        key = row["format"], row["heads_per_kv_head"], row["queries"], row["kernel"]
-        per_byte = counted.get(key, {}).get("instructions_per_byte")
+        repeat, queries = row["heads_per_kv_head"], row["queries"]
+        count = per_byte(row, repeat, queries, "None")
+        bar = bars.INSTRUCTIONS.get((row["format"], repeat)) if queries == 1 else None
+        most = "-" if count == "-" else bars.verdict(float(count), bar, at_most=True)
         lines.append(
-            f"{row['format']:14s} {row['batch']:2d} {row['tokens']:6d} "
-            f"{row['heads_per_kv_head']:4d} {row['queries']:2d} {row['ratio']:13.2f} "
-            f"{per_byte if per_byte is None else round(per_byte, 1)!s:>18} {row['registers']:10d}"
+            f"{row['format']:14s} {row['batch']:2d} {row['tokens']:6d} {repeat:4d} {queries:2d} "
+            f"{row['ratio']:12.2f}  {bars.verdict(row['ratio'], bars.attention(row)):10s} "
+            f"{count:>17s}  {most:9s} {row['registers']:4d} registers"
         )
+    checks = found.get("checks")
+    if checks:
+        lines.append(f"{checks['kernels']} kernels checked, {len(checks['wrong'])} wrong")
     return "\n".join(lines)
 
 
 def sanitize(args: argparse.Namespace) -> int:
-    from benchmarks.gpu import profile
+    from benchmarks.gpu import shares
 
-    results = [
-        profile.sanitize(name, ["launch", "small", "--kernels", str(args.kernels)])
-        for name in ("memcheck", "racecheck")
-    ]
-    for result in results:
-        print(f"{result['tool']}: {result['kernels']} kernels, {result['errors']} errors")
-        if not result["clean"]:
-            print(result["output"])
-    if args.out:
-        found = json.loads(args.out.read_text()) if args.out.exists() else {}
-        args.out.write_text(json.dumps({**found, "sanitizer": results}, indent=1))
-    return 0 if all(r["clean"] for r in results) else 1
+    found = read(args.out)
+    results = found.setdefault("sanitizer", {})
+    table = found.setdefault("kernels", {})
+    for name in args.tools:
+        result = shares.sanitize(args.kernels, name, args.jobs, args.op)
+        for kernel in result.pop("names"):  # type: ignore[attr-defined]
+            table.setdefault(kernel, {})[name] = result["problems"].get(kernel, 0)  # type: ignore[attr-defined]
+        results[name] = result
+        print(
+            f"{name}: {result['kernels']} kernels, {result['problems'] or 'no problems'}, "
+            f"{'clean' if result['clean'] else 'NOT CLEAN'}, {result['seconds']:.0f} s",
+            flush=True,
+        )
+        for output in result["failed"]:  # type: ignore[attr-defined]
+            print(output)
+        if args.out:
+            args.out.write_text(json.dumps(found, indent=1))
+    return 0 if all(results[name]["clean"] for name in args.tools) else 1
 
 
 def main() -> int:

@@ -1,5 +1,5 @@
 // kvq_dequantize_*: slots [start, start + tokens) to dense [B, G, tokens, D]. A simdgroup takes
-// neighbouring tokens; grid: 32 lanes, as many simdgroups as they need, B * G rows.
+// neighbouring tokens; grid: as many simdgroups as they need, G, B.
 #pragma once
 
 #include "quantize.h"
@@ -8,7 +8,7 @@
 inline Source source_of(const device uchar* codes, const device uchar* scales,
                         const device uchar* biases, constant KvqReadParams& params, int b, int g,
                         int64_t slot, bool dense) {
-  const int64_t scale_size = params.scale_dtype == KVQ_FLOAT32 ? 4 : 2;
+  const int64_t scale_size = kvq_scale_dtype == KVQ_FLOAT32 ? 4 : 2;
   const int64_t code_size = !dense ? 1 : (params.codes_dtype == KVQ_FLOAT32 ? 4 : 2);
   Source in;
   in.codes = codes + code_size * (b * params.codes.batch + g * params.codes.head +
@@ -17,7 +17,7 @@ inline Source source_of(const device uchar* codes, const device uchar* scales,
                                      slot * params.scales.token);
   in.biases = biases + scale_size * (b * params.biases.batch + g * params.biases.head +
                                      slot * params.biases.token);
-  in.scale_dtype = params.scale_dtype;
+  in.scale_dtype = kvq_scale_dtype;
   in.codes_dtype = params.codes_dtype;
   return in;
 }
@@ -28,50 +28,80 @@ template <typename T, typename Codec, int Family, int Bits, int Group>
     const device uchar* biases [[buffer(2)]], const device float* signs [[buffer(3)]],
     const device float* mean [[buffer(4)]], device T* out [[buffer(5)]],
     constant KvqReadParams& params [[buffer(6)]], threadgroup float* rows [[threadgroup(0)]],
-    uint3 at [[thread_position_in_grid]], uint lane [[thread_index_in_simdgroup]],
-    uint simdgroup [[simdgroup_index_in_threadgroup]]) {
-  const int b = int(at.z) / params.heads, g = int(at.z) % params.heads;
+    uint3 at [[thread_position_in_grid]], uint3 group [[threadgroup_position_in_grid]],
+    uint lane [[thread_index_in_simdgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]]) {
+  const int b = int(group.z), g = int(group.y);
   Place place = place_of(kvq_head_dim, lane, kvq_wide);
+  place.table = Codec::decoder_entry(lane, Bits);
   const int vectors = vectors_per_simdgroup(kvq_head_dim);
   const bool exists = place.vector < vectors;
-  const int steps = steps_of(Family, kvq_rotate, params.steps);
-  int t = int(at.y) * steps * vectors + place.vector;
+  const int steps = steps_of(Family, params.steps);
+  int t = simdgroup_in_row(at) * steps * vectors + place.vector;
   Source in = source_of(codes, scales, biases, params, b, g, params.start + int64_t(t), false);
-  const int64_t scale_step =
-      vectors * params.scales.token * (params.scale_dtype == KVQ_FLOAT32 ? 4 : 2);
-  const int64_t bias_step =
-      vectors * params.biases.token * (params.scale_dtype == KVQ_FLOAT32 ? 4 : 2);
-  device T* y = out + (int64_t(at.z) * params.tokens + int64_t(t)) * kvq_head_dim;
-  KVQ_ROLLED for (int step = 0; step < steps; ++step) {
-    place.active = exists && t < params.tokens;
-    float v[8 * KVQ_PASSES];
+  const int64_t scale_size = kvq_scale_dtype == KVQ_FLOAT32 ? 4 : 2;
+  const int64_t code_step = vectors * params.codes.token;
+  const int64_t scale_step = scale_size * (vectors * params.scales.token);
+  const int64_t bias_step = scale_size * (vectors * params.biases.token);
+  device T* y = out + ((int64_t(b) * params.heads + g) * params.tokens + t) * kvq_head_dim;
+  const int tokens = params.tokens;
+  place.active = exists && t < tokens;
+  // The transform's factor and the signs, which are 1 and -1, in one.
+  float flips[KVQ_VALUES];
+  if (kvq_rotate) {
     KVQ_UNROLL for (int pass = 0; pass < KVQ_PASSES; ++pass) {
-      if (256 * pass >= kvq_head_dim) continue;
-      KVQ_UNROLL for (int i = 0; i < 8; ++i) v[8 * pass + i] = 0.0f;
-      if (place.holds(pass)) {
-        Codec::decode(in, place.first + 256 * pass, Bits, Group, kvq_wide, v + 8 * pass);
+      if (KVQ_SPAN * pass >= kvq_head_dim) continue;
+      KVQ_UNROLL for (int eight = 0; eight < KVQ_WIDTH; eight += 8) {
+        if (!exists || place.element(pass, eight) >= kvq_head_dim) continue;
+        thread float* part = flips + KVQ_WIDTH * pass + eight;
+        load8(signs + place.element(pass, eight), kvq_wide, part);
+        KVQ_UNROLL for (int i = 0; i < 8; ++i) part[i] *= params.norm;
       }
     }
-    if (kvq_rotate) fwht_lanes(v, place, params.block, params.norm);
-    KVQ_UNROLL for (int pass = 0; pass < KVQ_PASSES; ++pass) {
-      if (256 * pass >= kvq_head_dim || !place.holds(pass)) continue;
-      thread float* part = v + 8 * pass;
-      const int first = place.first + 256 * pass;
-      float other[8];
-      if (kvq_rotate) {
-        load8(signs + first, kvq_wide, other);
-        KVQ_UNROLL for (int i = 0; i < 8; ++i) part[i] *= other[i];
+  }
+  Packed next[KVQ_PASSES];
+  KVQ_UNROLL for (int pass = 0; pass < KVQ_PASSES; ++pass) {
+    if (KVQ_SPAN * pass < kvq_head_dim) next[pass] = Codec::load(in, place, pass, Bits, Group);
+  }
+  KVQ_ROLLED for (int step = 1;; ++step) {
+    float v[KVQ_VALUES];
+    const Place here = place;
+    Packed packed[KVQ_PASSES];
+    KVQ_UNROLL for (int pass = 0; pass < KVQ_PASSES; ++pass) packed[pass] = next[pass];
+    // The next vectors are on their way while these are decoded.
+    if (step < steps) {
+      t += vectors;
+      place.active = exists && t < tokens;
+      in.codes += code_step;
+      in.scales += scale_step;
+      in.biases += bias_step;
+      KVQ_UNROLL for (int pass = 0; pass < KVQ_PASSES; ++pass) {
+        if (KVQ_SPAN * pass < kvq_head_dim) next[pass] = Codec::load(in, place, pass, Bits, Group);
       }
-      if (kvq_centre) {
-        load8(mean + kvq_head_dim * g + first, kvq_wide, other);
-        KVQ_UNROLL for (int i = 0; i < 8; ++i) part[i] += other[i];
-      }
-      store8(y + first, kvq_wide, part);
     }
-    t += vectors;
-    in.codes += vectors * params.codes.token;
-    in.scales += scale_step;
-    in.biases += bias_step;
+    KVQ_UNROLL for (int pass = 0; pass < KVQ_PASSES; ++pass) {
+      if (KVQ_SPAN * pass >= kvq_head_dim) continue;
+      Codec::decode(packed[pass], here, Bits, v + KVQ_WIDTH * pass);
+    }
+    if (kvq_rotate) add_and_subtract(v, here);
+    KVQ_UNROLL for (int pass = 0; pass < KVQ_PASSES; ++pass) {
+      if (KVQ_SPAN * pass >= kvq_head_dim) continue;
+      KVQ_UNROLL for (int eight = 0; eight < KVQ_WIDTH; eight += 8) {
+        if (!here.holds(pass, eight)) continue;
+        thread float* part = v + KVQ_WIDTH * pass + eight;
+        thread const float* flip = flips + KVQ_WIDTH * pass + eight;
+        const int first = here.element(pass, eight);
+        if (kvq_rotate) {
+          KVQ_UNROLL for (int i = 0; i < 8; ++i) part[i] *= flip[i];
+        }
+        if (kvq_centre) {
+          float other[8];
+          load8(mean + kvq_head_dim * g + first, kvq_wide, other);
+          KVQ_UNROLL for (int i = 0; i < 8; ++i) part[i] += other[i];
+        }
+        store8(y + first, kvq_wide, part);
+      }
+    }
+    if (step >= steps) break;
     y += vectors * kvq_head_dim;
   }
 }
@@ -83,14 +113,13 @@ template <typename T>
     const device uchar* biases [[buffer(2)]], const device float* signs [[buffer(3)]],
     const device float* mean [[buffer(4)]], device T* out [[buffer(5)]],
     constant KvqReadParams& params [[buffer(6)]], threadgroup float* rows [[threadgroup(0)]],
-    uint3 at [[thread_position_in_grid]], uint lane [[thread_index_in_simdgroup]],
-    uint simdgroup [[simdgroup_index_in_threadgroup]]) {
-  const int b = int(at.z) / params.heads, g = int(at.z) % params.heads, n = params.head_dim;
-  const int t = int(at.y);
+    uint3 at [[thread_position_in_grid]], uint3 group [[threadgroup_position_in_grid]],
+    uint lane [[thread_index_in_simdgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]]) {
+  const int b = int(group.z), g = int(group.y), t = simdgroup_in_row(at), n = params.head_dim;
   if (t < params.tokens) {
     const Source in =
         source_of(codes, scales, biases, params, b, g, params.start + int64_t(t), true);
-    device T* y = out + (int64_t(at.z) * params.tokens + int64_t(t)) * n;
+    device T* y = out + ((int64_t(b) * params.heads + g) * params.tokens + t) * n;
     threadgroup float* row = rows + int(simdgroup) * n;
     for (int i = int(lane); i < n; i += 32) {
       const float v = Dense::decode(in, i);

@@ -4,7 +4,7 @@
 #include "common.h"
 
 template <int Mantissa, int Bias>
-struct Fp8 {
+struct Fp8 : NoTable {
   /// |x| <= the largest value. Rounds to nearest even, with subnormals.
   static uint code_of(float x) {
     const int shift = 23 - Mantissa;
@@ -32,47 +32,50 @@ struct Fp8 {
                      int group, threadgroup float*) {
     const float most = Bias == 7 ? 448.0f : 57344.0f;
     KVQ_UNROLL for (int pass = 0; pass < KVQ_PASSES; ++pass) {
-      if (256 * pass >= at.dim) continue;
-      thread float* v = x + 8 * pass;
-      float largest = 0.0f;
-      KVQ_UNROLL for (int i = 0; i < 8; ++i) largest = max(largest, fabs(v[i]));
-      if (may_be_special(v) || largest > KVQ_LIMIT) {
-        largest = 0.0f;
-        bool is_bad = false;
-        KVQ_UNROLL for (int i = 0; i < 8; ++i) {
-          v[i] = bound(v[i], KVQ_LIMIT);
-          is_bad = is_bad || is_nan(v[i]);
-          largest = fabs(v[i]) > largest ? fabs(v[i]) : largest;
-        }
-        largest = is_bad ? INFINITY : largest;  // tells the group of a NaN
-      }
-      largest = group_max(largest, group / 8);
+      if (KVQ_SPAN * pass >= at.dim) continue;
+      thread float* v = x + KVQ_WIDTH * pass;
+      const float largest = group_max(bounded_peak(v), group / KVQ_WIDTH);
       const bool has_nan = largest > KVQ_LIMIT;
       float scale = round_scale(has_nan ? NAN : largest / most, out.scale_dtype);
       scale = scale == 0.0f ? 1.0f : scale;
-      uint codes[8];
+      uint codes[KVQ_WIDTH];
       if (is_plain_divisor(scale)) {
         const float inverse = 1.0f / scale;
-        KVQ_UNROLL for (int i = 0; i < 8; ++i) {
-          const float scaled = min(quotient(fabs(v[i]), scale, inverse), most);
+        const bool is_short = is_short_divisor(scale);
+        KVQ_UNROLL for (int i = 0; i < KVQ_WIDTH; ++i) {
+          const float scaled = min(quotient(fabs(v[i]), scale, inverse, is_short), most);
           codes[i] = code_of(scaled) | ((as_type<uint>(v[i]) >> 24) & 0x80u);
         }
       } else {
-        KVQ_UNROLL for (int i = 0; i < 8; ++i) {
+        KVQ_UNROLL for (int i = 0; i < KVQ_WIDTH; ++i) {
           codes[i] = has_nan ? 0u : code_of(bound(v[i] / scale, most));
         }
       }
-      if (!at.holds(pass)) continue;
-      const int first = at.first + 256 * pass;
-      store_bytes(out.codes + first, 8, alignment(8, at.wide), pack8(codes, 8));
+      Pieces pieces;
+      KVQ_UNROLL for (int i = 0; i < 2; ++i) pieces.piece[i] = pack8(codes + 8 * i, 8);
+      pieces = exchanged(pieces, at, 8);
+      if (!at.packs(pass)) continue;
+      const int first = at.sixteen(pass);
+      store_codes(out.codes + first, 8, true, alignment(8, at.wide), pieces);
       if (first % group == 0) store_scale(out.scales, first / group, out.scale_dtype, scale);
     }
   }
 
-  static void decode(thread const Source& in, int i, int, int group, bool wide, thread float* y) {
-    const float scale = load_float(in.scales, i / group, in.scale_dtype);
-    const uint2 codes = load_bytes(in.codes + i, 8, alignment(8, wide));
-    KVQ_UNROLL for (int j = 0; j < 8; ++j) y[j] = value_of(code_at(codes, j, 8)) * scale;
+  static Packed load(thread const Source& in, thread const Place& at, int pass, int, int group) {
+    const int first = at.sixteen(pass);
+    Packed packed = nothing();
+    if (at.packs(pass)) {
+      packed.scale = load_float(in.scales, first / group, in.scale_dtype);
+      packed.codes = load_codes(in.codes + first, 8, true, alignment(8, at.wide));
+    }
+    return packed;
+  }
+
+  static void decode(thread const Packed& packed, thread const Place& at, int, thread float* y) {
+    const Pieces codes = exchanged(packed.codes, at, 8);
+    KVQ_UNROLL for (int i = 0; i < KVQ_WIDTH; ++i) {
+      y[i] = value_of(code_at(codes.piece[i / 8], i % 8, 8)) * packed.scale;
+    }
   }
 };
 

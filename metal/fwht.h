@@ -4,43 +4,55 @@
 
 #include "common.h"
 
-/// Multiplies the vectors in the lanes' registers (see Place) by the orthonormal block Hadamard
-/// matrix; norm is 1 / sqrt(block).
-inline void fwht_lanes(thread float* x, thread const Place& at, int block, float norm) {
+/// A stage between elements of one lane, `step` registers apart.
+inline void add_pairs(thread float* v, int step) {
+  KVQ_UNROLL for (int i = 0; i < KVQ_WIDTH; ++i) {
+    if ((i & step) != 0) continue;
+    const float a = v[i], b = v[i + step];
+    v[i] = a + b;
+    v[i + step] = a - b;
+  }
+}
+
+/// A stage between lanes.
+inline void add_lanes(thread float* v, thread const Place& at, int step) {
+  const float sign = (at.lane & uint(step)) != 0u ? -1.0f : 1.0f;
+  KVQ_UNROLL for (int i = 0; i < KVQ_WIDTH; ++i) {
+    v[i] = fma(v[i], sign, simd_shuffle_xor(v[i], ushort(step)));
+  }
+}
+
+/// All stages, without the factor.
+inline void add_and_subtract(thread float* x, thread const Place& at) {
+  const int block = at.dim & -at.dim;
   KVQ_UNROLL for (int pass = 0; pass < KVQ_PASSES; ++pass) {
-    if (256 * pass >= at.dim) continue;
-    thread float* v = x + 8 * pass;
+    if (KVQ_SPAN * pass >= at.dim) continue;
+    thread float* v = x + KVQ_WIDTH * pass;
     KVQ_UNROLL for (int step = 1; step < 8; step *= 2) {
-      if (step >= block) continue;
-      KVQ_UNROLL for (int i = 0; i < 8; ++i) {
-        if ((i & step) != 0) continue;
-        const float a = v[i], b = v[i + step];
-        v[i] = a + b;
-        v[i + step] = a - b;
-      }
+      if (step < block) add_pairs(v, step);
     }
-    KVQ_UNROLL for (int step = 1; step < 32; step *= 2) {
-      if (8 * step >= block) continue;
-      const float sign = (at.lane & uint(step)) != 0u ? -1.0f : 1.0f;
-      KVQ_UNROLL for (int i = 0; i < 8; ++i) {
-        v[i] = fma(v[i], sign, simd_shuffle_xor(v[i], ushort(step)));
-      }
+    if (block > 8) add_lanes(v, at, 1);
+    if (block > 16) add_pairs(v, 8);
+    KVQ_UNROLL for (int step = 2; step < 32; step *= 2) {
+      if (block > KVQ_WIDTH * step) add_lanes(v, at, step);
     }
   }
-  KVQ_UNROLL for (int step = 1; step < KVQ_PASSES; step *= 2) {
-    if (256 * step >= block) continue;
-    KVQ_UNROLL for (int pass = 0; pass < KVQ_PASSES; ++pass) {
-      if ((pass & step) != 0 || 256 * pass >= at.dim) continue;
-      KVQ_UNROLL for (int i = 8 * pass; i < 8 * pass + 8; ++i) {
-        const float a = x[i], b = x[i + 8 * step];
-        x[i] = a + b;
-        x[i + 8 * step] = a - b;
-      }
+  if (block > KVQ_SPAN) {
+    KVQ_UNROLL for (int i = 0; i < KVQ_WIDTH; ++i) {
+      const float a = x[i], b = x[i + KVQ_WIDTH];
+      x[i] = a + b;
+      x[i + KVQ_WIDTH] = a - b;
     }
   }
+}
+
+/// Multiplies the vectors in the lanes' registers (see Place) by the orthonormal block Hadamard
+/// matrix; norm is 1 / sqrt(block), the largest power of two that divides D.
+inline void fwht_lanes(thread float* x, thread const Place& at, float norm) {
+  add_and_subtract(x, at);
   KVQ_UNROLL for (int pass = 0; pass < KVQ_PASSES; ++pass) {
-    if (256 * pass >= at.dim) continue;
-    KVQ_UNROLL for (int i = 8 * pass; i < 8 * pass + 8; ++i) x[i] *= norm;
+    if (KVQ_SPAN * pass >= at.dim) continue;
+    KVQ_UNROLL for (int i = 0; i < KVQ_WIDTH; ++i) x[KVQ_WIDTH * pass + i] *= norm;
   }
 }
 

@@ -1,5 +1,5 @@
 // kvq_hadamard_*: sign flips and the block Walsh-Hadamard transform of contiguous vectors. One
-// simdgroup per vector; grid: 32 lanes, vectors.
+// simdgroup per vector; grid: vectors.
 #pragma once
 
 #include "fwht.h"
@@ -16,7 +16,7 @@ template <typename T>
                              uint lane [[thread_index_in_simdgroup]],
                              uint simdgroup [[simdgroup_index_in_threadgroup]]) {
   const int n = params.head_dim;
-  const int64_t first = int64_t(at.y) * n;
+  const int64_t first = int64_t(simdgroup_in_row(at)) * n;
   threadgroup float* row = rows + int(simdgroup) * n;
   for (int i = int(lane); i < n; i += 32) {
     const float v = float(x[first + i]);

@@ -1,5 +1,5 @@
 // kvq_mlx_native_dequantize: rows of mlx-native's TurboQuant layout to dense float32
-// [B, G, tokens, D]. One simdgroup per vector; grid: 32 lanes, tokens, B * G rows.
+// [B, G, tokens, D]. One simdgroup per vector; grid: tokens, G, B.
 #pragma once
 
 #include "fwht.h"
@@ -12,14 +12,15 @@ constant bool kvq_rotate [[function_constant(1)]];
     const device float* codebook [[buffer(2)]], const device float* signs [[buffer(3)]],
     device float* out [[buffer(4)]], constant KvqMlxNativeParams& params [[buffer(5)]],
     threadgroup float* rows [[threadgroup(0)]], uint3 at [[thread_position_in_grid]],
-    uint lane [[thread_index_in_simdgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]]) {
-  const int b = int(at.z) / params.heads, g = int(at.z) % params.heads, n = params.head_dim;
-  const int64_t slot = params.start + int64_t(at.y);
+    uint3 group [[threadgroup_position_in_grid]], uint lane [[thread_index_in_simdgroup]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]]) {
+  const int b = int(group.z), g = int(group.y), t = simdgroup_in_row(at), n = params.head_dim;
+  const int64_t slot = params.start + int64_t(t);
   const device uchar* code =
       codes + (b * params.codes.batch + g * params.codes.head + slot * params.codes.token);
   const device float* norm =
       norms + (b * params.norms.batch + g * params.norms.head + slot * params.norms.token);
-  device float* y = out + (int64_t(at.z) * params.tokens + int64_t(at.y)) * n;
+  device float* y = out + ((int64_t(b) * params.heads + g) * params.tokens + t) * n;
   threadgroup float* row = rows + int(simdgroup) * n;
   const uint mask = (1u << params.bits) - 1u;
   for (int i = int(lane); i < n; i += 32) {

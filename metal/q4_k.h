@@ -32,14 +32,14 @@ inline ChunkSteps load_steps(const device uchar* block, int chunk) {
   return steps;
 }
 
-/// One simdgroup per super-block, lane j for element j of each sub-block; grid: 32 lanes, blocks.
+/// One simdgroup per super-block, lane j for element j of each sub-block; grid: blocks.
 template <typename T>
 [[kernel]] void kvq_q4_k_dequantize(const device uchar* blocks [[buffer(0)]],
                                     device T* out [[buffer(1)]],
                                     uint3 at [[thread_position_in_grid]],
                                     uint lane [[thread_index_in_simdgroup]]) {
-  const device uchar* block = blocks + int64_t(at.y) * KVQ_Q4_K_BYTES;
-  device T* y = out + int64_t(at.y) * KVQ_Q4_K_SIZE;
+  const device uchar* block = blocks + int64_t(simdgroup_in_row(at)) * KVQ_Q4_K_BYTES;
+  device T* y = out + int64_t(simdgroup_in_row(at)) * KVQ_Q4_K_SIZE;
   for (int chunk = 0; chunk < 4; ++chunk) {
     const ChunkSteps steps = load_steps(block, chunk);
     const uint code = block[16 + 32 * chunk + int(lane)];
@@ -108,14 +108,14 @@ inline void store_half(device uchar* p, float x) {
   *(device ushort*)p = as_type<ushort>(half(bound(x, KVQ_F16_MAX)));
 }
 
-/// One simdgroup per super-block, lane j for element j of each sub-block; grid: 32 lanes, blocks.
+/// One simdgroup per super-block, lane j for element j of each sub-block; grid: blocks.
 template <typename T>
 [[kernel]] void kvq_q4_k_quantize(const device T* w [[buffer(0)]],
                                   device uchar* blocks [[buffer(1)]],
                                   uint3 at [[thread_position_in_grid]],
                                   uint lane [[thread_index_in_simdgroup]]) {
-  const device T* in = w + int64_t(at.y) * KVQ_Q4_K_SIZE + int(lane);
-  device uchar* block = blocks + int64_t(at.y) * KVQ_Q4_K_BYTES;
+  const device T* in = w + int64_t(simdgroup_in_row(at)) * KVQ_Q4_K_SIZE + int(lane);
+  device uchar* block = blocks + int64_t(simdgroup_in_row(at)) * KVQ_Q4_K_BYTES;
   float x[8];
   bool has_nan = false;
   for (int j = 0; j < 8; ++j) {

@@ -2,9 +2,9 @@
 //
 // kvq_q4_k_gemv: one vector x. A lane takes 16 bytes of codes, half a chunk: 16 elements each of
 // two neighbouring sub-blocks; so 8 lanes read a super-block and a simdgroup four of them. The 32
-// values of x that belong to them stay in registers for KVQ_Q4_K_GEMV_ROWS rows of w. A nibble
-// becomes a float where it lies, times 16 to the power of its place, which x is divided by; scales
-// and minima apply to sums.
+// values of x that belong to them stay in registers for KVQ_Q4_K_GEMV_ROWS rows of w, whose loads
+// come first. A nibble becomes a float where it lies, times 16 to the power of its
+// place: each place has a sum of its own. Scales and minima apply to sums.
 //
 // kvq_q4_k_few: two to eight vectors. A lane decodes its weights once, for all of them,
 // 16 at a time.
@@ -17,15 +17,13 @@
 
 #include "q4_k.h"
 
-#define KVQ_UNROLL _Pragma("clang loop unroll(full)")
-
 /// Every super-block starts at a multiple of 16 bytes; else of 2.
 constant bool kvq_aligned [[function_constant(0)]];
 /// Vectors x of kvq_q4_k_few.
 constant int kvq_vectors [[function_constant(1)]];
 
 /// 16 bytes of codes.
-inline uint4 load_words(const device uchar* p) {
+inline uint4 load_sixteen(const device uchar* p) {
   if (kvq_aligned) {
     return *(const device uint4*)p;
   }
@@ -34,25 +32,25 @@ inline uint4 load_words(const device uchar* p) {
                uint(h[4]) | (uint(h[5]) << 16), uint(h[6]) | (uint(h[7]) << 16));
 }
 
-/// Nibble K of the low 16 bits of `pair`, times 16^K: put into the mantissa of 2^23.
+/// Nibble K of the low 16 bits of `pair`, times 16^K: put into the mantissa of 2^23, `magic`.
 template <int K>
-inline float nibble(uint pair) {
-  return as_type<float>((pair & (15u << (4 * K))) | 0x4b000000u) - 8388608.0f;
+inline float nibble(uint pair, uint magic) {
+  return as_type<float>((pair & (15u << (4 * K))) | magic) - 8388608.0f;
 }
 
-/// 16 consecutive values of x.
+/// Byte K as a float, times 256^K.
+template <int K>
+inline float byte_of(uint bytes, uint magic) {
+  return as_type<float>((bytes & (255u << (8 * K))) | magic) - 8388608.0f;
+}
+
+/// 16 consecutive values of x, 16 bytes at a time.
 template <typename T>
 inline void load_values(const device T* x, thread float* y) {
-  KVQ_UNROLL for (int i = 0; i < 4; ++i) {
-    const vec<T, 4> v = ((const device vec<T, 4>*)x)[i];
-    y[4 * i] = float(v.x);
-    y[4 * i + 1] = float(v.y);
-    y[4 * i + 2] = float(v.z);
-    y[4 * i + 3] = float(v.w);
-  }
+  KVQ_UNROLL for (int i = 0; i < 16; i += 8) load8(x + i, true, y + i);
 }
 
-/// One simdgroup per KVQ_Q4_K_GEMV_ROWS rows of w; grid: 32 lanes, groups of rows.
+/// One simdgroup per KVQ_Q4_K_GEMV_ROWS rows of w; grid: groups of rows.
 template <typename T>
 [[kernel]] void kvq_q4_k_gemv(const device T* x [[buffer(0)]],
                               const device uchar* blocks [[buffer(1)]], device T* out [[buffer(2)]],
@@ -60,7 +58,14 @@ template <typename T>
                               uint3 at [[thread_position_in_grid]],
                               uint lane [[thread_index_in_simdgroup]]) {
   constexpr int rows = KVQ_Q4_K_GEMV_ROWS;
-  const int first = int(at.y) * rows, chunk = int(lane) % 8 / 2, half_chunk = int(lane) % 2;
+  const int first = simdgroup_in_row(at) * rows, chunk = int(lane) % 8 / 2,
+            half_chunk = int(lane) % 2;
+  const uint magic = params.magic;
+  // Where the chunk's two scales and two minima lie in a block's first 16 bytes (load_steps): six
+  // bits of a byte of words y and z or, of later chunks, two there and four of word w.
+  const bool later = chunk >= 2;
+  const int lower = 16 * (chunk & 1), upper = later ? lower + 2 : lower;
+  const uint low_mask = later ? 0x3030u : 0x3f3fu, high_mask = later ? 0x0f0fu : 0u;
   const device uchar* row[rows];
   float total[rows];
   KVQ_UNROLL for (int r = 0; r < rows; ++r) {
@@ -68,6 +73,12 @@ template <typename T>
     total[r] = 0.0f;
   }
   for (int b = int(lane) / 8; b < params.columns; b += 4) {
+    uint4 heads[rows], words[rows];
+    KVQ_UNROLL for (int r = 0; r < rows; ++r) {
+      const device uchar* block = row[r] + int64_t(b) * KVQ_Q4_K_BYTES;
+      heads[r] = load_sixteen(block);
+      words[r] = load_sixteen(block + 16 + 32 * chunk + 16 * half_chunk);
+    }
     const device T* values = x + b * KVQ_Q4_K_SIZE + 64 * chunk + 16 * half_chunk;
     float low[16], high[16];
     load_values(values, low);
@@ -76,25 +87,30 @@ template <typename T>
     KVQ_UNROLL for (int i = 0; i < 16; ++i) {
       low_sum += low[i];
       high_sum += high[i];
-      low[i] *= i % 2 == 0 ? 1.0f : 1.0f / 256.0f;
-      high[i] *= i % 2 == 0 ? 1.0f / 16.0f : 1.0f / 4096.0f;
     }
+    high_sum *= 1.0f / 256.0f;
     KVQ_UNROLL for (int r = 0; r < rows; ++r) {
-      const device uchar* block = row[r] + int64_t(b) * KVQ_Q4_K_BYTES;
-      const uint4 words = load_words(block + 16 + 32 * chunk + 16 * half_chunk);
-      float low_dot = 0.0f, high_dot = 0.0f;
+      float dots[4] = {0.0f, 0.0f, 0.0f, 0.0f};  // of the nibbles in each place
       KVQ_UNROLL for (int i = 0; i < 8; ++i) {
-        const uint pair = i % 2 == 0 ? words[i / 2] : words[i / 2] >> 16;
-        low_dot = fma(nibble<0>(pair), low[2 * i], low_dot);
-        high_dot = fma(nibble<1>(pair), high[2 * i], high_dot);
-        low_dot = fma(nibble<2>(pair), low[2 * i + 1], low_dot);
-        high_dot = fma(nibble<3>(pair), high[2 * i + 1], high_dot);
+        const uint pair = i % 2 == 0 ? words[r][i / 2] : words[r][i / 2] >> 16;
+        dots[0] = fma(nibble<0>(pair, magic), low[2 * i], dots[0]);
+        dots[1] = fma(nibble<1>(pair, magic), high[2 * i], dots[1]);
+        dots[2] = fma(nibble<2>(pair, magic), low[2 * i + 1], dots[2]);
+        dots[3] = fma(nibble<3>(pair, magic), high[2 * i + 1], dots[3]);
       }
-      const ChunkSteps steps = load_steps(block, chunk);
-      total[r] = fma(steps.scale[0], low_dot, total[r]);
-      total[r] = fma(steps.scale[1], high_dot, total[r]);
-      total[r] = fma(-steps.minimum[0], low_sum, total[r]);
-      total[r] = fma(-steps.minimum[1], high_sum, total[r]);
+      const float low_dot = fma(dots[2], 1.0f / 256.0f, dots[0]);
+      // Over 16, a nibble's place, and 256, that of the second scale.
+      const float high_dot = fma(dots[3], 1.0f / 1048576.0f, dots[1] * (1.0f / 4096.0f));
+      const uint4 head = heads[r];
+      const uint scales = ((head.y >> upper) & low_mask) | ((head.w >> lower) & high_mask);
+      const uint minima = ((head.z >> upper) & low_mask) | ((head.w >> (lower + 4)) & high_mask);
+      const float d = float(as_type<half>(ushort(head.x & 0xffffu)));
+      const float dmin = float(as_type<half>(ushort(head.x >> 16)));
+      const float steps =
+          fma(byte_of<0>(scales, magic), low_dot, byte_of<1>(scales, magic) * high_dot);
+      const float offsets =
+          fma(byte_of<0>(minima, magic), low_sum, byte_of<1>(minima, magic) * high_sum);
+      total[r] = fma(d, steps, fma(-dmin, offsets, total[r]));
     }
   }
   KVQ_UNROLL for (int r = 0; r < rows; ++r) {
@@ -106,20 +122,20 @@ template <typename T>
 }
 
 /// The lane's 16 weights of the chunk's first (`part` 0) or second sub-block.
-inline void decode_part(const device uchar* block, int chunk, int half_chunk, int part,
+inline void decode_part(const device uchar* block, int chunk, int half_chunk, int part, uint magic,
                         thread float* w) {
   const ChunkSteps steps = load_steps(block, chunk);
-  const uint4 words = load_words(block + 16 + 32 * chunk + 16 * half_chunk);
+  const uint4 words = load_sixteen(block + 16 + 32 * chunk + 16 * half_chunk);
   const float minimum = -steps.minimum[part];
   const float even = part == 0 ? steps.scale[0] : steps.scale[1] / 16.0f, odd = even / 256.0f;
   KVQ_UNROLL for (int i = 0; i < 8; ++i) {
     const uint pair = i % 2 == 0 ? words[i / 2] : words[i / 2] >> 16;
-    w[2 * i] = fma(part == 0 ? nibble<0>(pair) : nibble<1>(pair), even, minimum);
-    w[2 * i + 1] = fma(part == 0 ? nibble<2>(pair) : nibble<3>(pair), odd, minimum);
+    w[2 * i] = fma(part == 0 ? nibble<0>(pair, magic) : nibble<1>(pair, magic), even, minimum);
+    w[2 * i + 1] = fma(part == 0 ? nibble<2>(pair, magic) : nibble<3>(pair, magic), odd, minimum);
   }
 }
 
-/// One simdgroup per KVQ_Q4_K_FEW_ROWS rows of w; grid: 32 lanes, groups of rows.
+/// One simdgroup per KVQ_Q4_K_FEW_ROWS rows of w; grid: groups of rows.
 template <typename T>
 [[kernel]] void kvq_q4_k_few(const device T* x [[buffer(0)]],
                              const device uchar* blocks [[buffer(1)]], device T* out [[buffer(2)]],
@@ -127,7 +143,8 @@ template <typename T>
                              uint3 at [[thread_position_in_grid]],
                              uint lane [[thread_index_in_simdgroup]]) {
   constexpr int rows = KVQ_Q4_K_FEW_ROWS;
-  const int first = int(at.y) * rows, chunk = int(lane) % 8 / 2, half_chunk = int(lane) % 2;
+  const int first = simdgroup_in_row(at) * rows, chunk = int(lane) % 8 / 2,
+            half_chunk = int(lane) % 2;
   const int64_t k = int64_t(params.columns) * KVQ_Q4_K_SIZE;
   float total[KVQ_Q4_K_FEW][rows];
   KVQ_UNROLL for (int m = 0; m < KVQ_Q4_K_FEW; ++m) {
@@ -138,7 +155,7 @@ template <typename T>
       float w[rows][16];
       KVQ_UNROLL for (int r = 0; r < rows; ++r) {
         const device uchar* row = blocks + min(first + r, params.n - 1) * params.row_stride;
-        decode_part(row + int64_t(b) * KVQ_Q4_K_BYTES, chunk, half_chunk, part, w[r]);
+        decode_part(row + int64_t(b) * KVQ_Q4_K_BYTES, chunk, half_chunk, part, params.magic, w[r]);
       }
       const device T* values = x + b * KVQ_Q4_K_SIZE + 64 * chunk + 32 * part + 16 * half_chunk;
       KVQ_UNROLL for (int m = 0; m < KVQ_Q4_K_FEW; ++m) {
@@ -192,7 +209,7 @@ template <typename T>
   for (int c = 0; c < 4 * params.columns; ++c) {
     KVQ_UNROLL for (int part = 0; part < 2; ++part) {
       float w[16];
-      decode_part(row + int64_t(c / 4) * KVQ_Q4_K_BYTES, c % 4, half_chunk, part, w);
+      decode_part(row + int64_t(c / 4) * KVQ_Q4_K_BYTES, c % 4, half_chunk, part, params.magic, w);
       threadgroup float* w_out = w_tile + w_row * stride + 32 * part + 16 * half_chunk;
       KVQ_UNROLL for (int i = 0; i < 16; ++i) w_out[i] = w[i];
     }

@@ -1,5 +1,5 @@
-// kvq_quantize_*: x [B, G, L, D] into packed slots. A simdgroup takes neighbouring tokens; grid: 32
-// lanes, as many simdgroups as they need, B * G rows. Also kv_cache_update_, which is format none.
+// kvq_quantize_*: x [B, G, L, D] into packed slots. A simdgroup takes neighbouring tokens; grid:
+// as many simdgroups as they need, G, B. Also kv_cache_update_, which is format none.
 #pragma once
 
 #include "rows.h"
@@ -8,6 +8,7 @@ constant bool kvq_rotate [[function_constant(0)]];
 constant bool kvq_centre [[function_constant(1)]];
 constant int kvq_head_dim [[function_constant(2)]];
 constant bool kvq_wide [[function_constant(3)]];
+constant int kvq_scale_dtype [[function_constant(4)]];
 
 template <typename T, typename Codec, int Family, int Bits, int Group>
 [[kernel]] void kvq_quantize(
@@ -16,27 +17,39 @@ template <typename T, typename Codec, int Family, int Bits, int Group>
     const device int* position [[buffer(4)]], const device float* signs [[buffer(5)]],
     const device float* mean [[buffer(6)]], constant KvqWriteParams& params [[buffer(7)]],
     threadgroup float* rows [[threadgroup(0)]], uint3 at [[thread_position_in_grid]],
-    uint lane [[thread_index_in_simdgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]]) {
+    uint3 group [[threadgroup_position_in_grid]], uint lane [[thread_index_in_simdgroup]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]]) {
   constant KvqWriteSide& side = params.side[0];
-  const int b = int(at.z) / side.heads, g = int(at.z) % side.heads;
+  const int b = int(group.z), g = int(group.y);
   const Slots slots = slots_of(params, position, b, side.capacity);
   Place place = place_of(kvq_head_dim, lane, kvq_wide);
+  place.table = Codec::encoder_entry(lane, Bits);
   const int vectors = vectors_per_simdgroup(kvq_head_dim);
   const bool exists = place.vector < vectors;
-  const int steps = steps_of(Family, kvq_rotate, params.steps);
-  int t = int(at.y) * steps * vectors + place.vector;
+  const int steps = steps_of(Family, params.steps);
+  const int t = simdgroup_in_row(at) * steps * vectors + place.vector;
   const device T* from = x + (b * side.x.batch + g * side.x.head + t * side.x.token);
-  const Target head = target_of(codes, scales, biases, side, b, g, false, kvq_rotate);
-  KVQ_ROLLED for (int step = 0; step < steps; ++step) {
-    const int64_t slot = exists ? slots.of(t) : -1l;
-    place.active = slot >= 0;
-    const Target out = slot_target(head, side, slot, false);
-    float v[8 * KVQ_PASSES];
-    load_lanes(from, signs, mean + kvq_head_dim * g, place, side.block, side.norm,
-               Family == KVQ_FAMILY_TURBOQUANT || kvq_rotate, kvq_rotate, kvq_centre, v);
-    Codec::encode(v, place, out, Bits, Group, rows + int(simdgroup) * params.row);
-    t += vectors;
-    from += vectors * side.x.token;
+  const Target head =
+      target_of(codes, scales, biases, side, b, g, kvq_scale_dtype, false, kvq_rotate);
+  Cursor cursor = cursor_at(head, slots, side, t, false);
+  place.active = exists && cursor.writes(slots);
+  Loaded next = load_lanes(from, place);
+  KVQ_ROLLED for (int step = 1;; ++step) {
+    float v[KVQ_VALUES];
+    const Place here = place;
+    const Target out = cursor.target;
+    const Loaded loaded = next;
+    // The next vectors are on their way while these are encoded.
+    if (step < steps) {
+      advance(cursor, slots, side, vectors, false);
+      from += vectors * side.x.token;
+      place.active = exists && cursor.writes(slots);
+      next = load_lanes(from, place);
+    }
+    prepare_lanes<T>(loaded, signs, mean + kvq_head_dim * g, here, side.norm,
+                     Family == KVQ_FAMILY_TURBOQUANT || kvq_rotate, kvq_rotate, kvq_centre, v);
+    Codec::encode(v, here, out, Bits, Group, rows + int(simdgroup) * params.row);
+    if (step >= steps) break;
   }
 }
 
@@ -48,15 +61,17 @@ template <typename T>
     const device int* position [[buffer(4)]], const device float* signs [[buffer(5)]],
     const device float* mean [[buffer(6)]], constant KvqWriteParams& params [[buffer(7)]],
     threadgroup float* rows [[threadgroup(0)]], uint3 at [[thread_position_in_grid]],
-    uint lane [[thread_index_in_simdgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]]) {
+    uint3 group [[threadgroup_position_in_grid]], uint lane [[thread_index_in_simdgroup]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]]) {
   constant KvqWriteSide& side = params.side[0];
-  const int b = int(at.z) / side.heads, g = int(at.z) % side.heads, t = int(at.y);
-  const int64_t slot = slots_of(params, position, b, side.capacity).of(t);
-  if (slot >= 0) {
-    const Target head = target_of(codes, scales, biases, side, b, g, true, kvq_rotate);
-    const Target out = slot_target(head, side, slot, true);
+  const int b = int(group.z), g = int(group.y), t = simdgroup_in_row(at);
+  const Slots slots = slots_of(params, position, b, side.capacity);
+  const Target head =
+      target_of(codes, scales, biases, side, b, g, kvq_scale_dtype, true, kvq_rotate);
+  const Cursor cursor = cursor_at(head, slots, side, t, true);
+  if (cursor.writes(slots)) {
     copy_row(x + (b * side.x.batch + g * side.x.head + t * side.x.token), signs,
              mean + g * side.head_dim, side, rows + int(simdgroup) * params.row, lane, kvq_rotate,
-             kvq_centre, out);
+             kvq_centre, cursor.target);
   }
 }

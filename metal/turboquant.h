@@ -4,47 +4,157 @@
 #include "../csrc/shared/codebook.h"
 #include "common.h"
 
+/// Floats between the starts of a vector's blocks of 32 in threadgroup memory: lanes that store
+/// four at a time meet a bank twice at most.
+#define KVQ_TQ_STRIDE 36
+
 struct TurboQuant {
-  /// Sum of the rows' values or their squares, of the lane's vector, in the order that
-  /// reference._sum32 states.
-  static float sum_row(threadgroup const float* rows, thread const Place& at, bool squares) {
-    float mine = 0.0f;
-    for (int vector = 0; vector < vectors_per_simdgroup(at.dim); ++vector) {
-      float sum = 0.0f;
-      for (int i = int(at.lane); i < at.dim; i += 32) {
-        const float value = rows[vector * at.dim + i];
-        const float term = squares ? value * value : value;
-        sum += term;
-      }
-      sum = sum32(sum);
-      mine = vector == at.vector ? sum : mine;
+  /// A cell (torch_kvq/codebooks.py); of few bits only.
+  static uint encoder_entry(uint lane, int bits) {
+    return bits == 2   ? kvq_cells_2[lane]
+           : bits == 3 ? kvq_cells_3[lane]
+           : bits == 4 ? kvq_cells_4[lane]
+                       : 0u;
+  }
+
+  /// A centroid of a codebook that fits.
+  static uint decoder_entry(uint lane, int bits) {
+    return bits > 5 ? 0u : as_type<uint>(kvq_codebook(bits)[lane & ((1u << bits) - 1u)]);
+  }
+
+  static int row_floats(int dim) { return (dim + 31) / 32 * KVQ_TQ_STRIDE; }
+
+  /// Lane j's sum of elements j, j + 32, ... of a vector, or of their squares.
+  static float sum_lane(threadgroup const float* row, thread const Place& at, bool squares) {
+    const int lane = int(at.lane);
+    float sum = 0.0f;
+    KVQ_UNROLL for (int i = 0; i < 2 * KVQ_SPAN; i += 32) {
+      if (i >= at.dim) continue;
+      if (i + 32 > at.dim && i + lane >= at.dim) continue;
+      const float value = row[i / 32 * KVQ_TQ_STRIDE + lane];
+      const float term = squares ? value * value : value;
+      sum += term;
     }
-    return mine;
+    return sum;
+  }
+
+  /// Sum of the lane's vector, or of its squares, in the order that reference._sum32 states.
+  static float sum_row(threadgroup const float* rows, thread const Place& at, bool squares) {
+    const int vectors = vectors_per_simdgroup(at.dim), row = row_floats(at.dim);
+    if (vectors > 8 || vectors * lanes_of(at.dim) != 32) {
+      float mine = 0.0f;
+      for (int vector = 0; vector < vectors; ++vector) {
+        const float sum = sum32(sum_lane(rows + vector * row, at, squares));
+        mine = vector == at.vector ? sum : mine;
+      }
+      return mine;
+    }
+    // At each distance a lane hands over the half of the vectors that are not its own.
+    float sums[8];
+    KVQ_UNROLL for (int vector = 0; vector < 8; ++vector) {
+      if (vector < vectors) sums[vector] = sum_lane(rows + vector * row, at, squares);
+    }
+    int distance = 16;
+    if (vectors >= 8) {
+      KVQ_UNROLL for (int i = 0; i < 4; ++i) sums[i] = fold(sums[i], sums[i + 4], at.lane, 16);
+      distance = 8;
+    }
+    if (vectors >= 4) {
+      KVQ_UNROLL for (int i = 0; i < 2; ++i) {
+        sums[i] = fold(sums[i], sums[i + 2], at.lane, distance);
+      }
+      distance /= 2;
+    }
+    if (vectors >= 2) {
+      sums[0] = fold(sums[0], sums[1], at.lane, distance);
+      distance /= 2;
+    }
+    KVQ_UNROLL for (int d = 16; d > 0; d /= 2) {
+      if (d <= distance) sums[0] += simd_shuffle_xor(sums[0], ushort(d));
+    }
+    return sums[0];
+  }
+
+  /// The lower lanes' sum of both lanes' `low`, the upper lanes' of `high`.
+  static float fold(float low, float high, uint lane, int distance) {
+    const bool upper = (lane & uint(distance)) != 0u;
+    return (upper ? high : low) + simd_shuffle_xor(upper ? low : high, ushort(distance));
   }
 
   /// Puts the lanes' values where sum_row reads them, zeros of vectors that are not there, too.
   static void put(threadgroup float* rows, thread const Place& at, thread const float* x) {
     KVQ_UNROLL for (int pass = 0; pass < KVQ_PASSES; ++pass) {
-      if (at.vector >= vectors_per_simdgroup(at.dim) || at.first + 256 * pass >= at.dim) continue;
-      threadgroup float* to = rows + at.vector * at.dim + at.first + 256 * pass;
-      KVQ_UNROLL for (int i = 0; i < 8; ++i) to[i] = x[8 * pass + i];
+      KVQ_UNROLL for (int eight = 0; eight < KVQ_WIDTH; eight += 8) {
+        const int first = at.element(pass, eight);
+        if (at.vector >= vectors_per_simdgroup(at.dim) || first >= at.dim) continue;
+        threadgroup float* to =
+            rows + at.vector * row_floats(at.dim) + first / 32 * KVQ_TQ_STRIDE + first % 32;
+        KVQ_UNROLL for (int i = 0; i < 8; i += 4) {
+          thread const float* v = x + KVQ_WIDTH * pass + eight + i;
+          *reinterpret_cast<threadgroup float4*>(to + i) = float4(v[0], v[1], v[2], v[3]);
+        }
+      }
     }
     simdgroup_barrier(mem_flags::mem_threadgroup);
   }
 
   /// How many boundaries lie below z. They are symmetric, so the magnitude is searched among the
-  /// positive ones: as integers, in which one equal to a negative z's counts, too.
-  static uint code_of(float z, constant float* edges, int bits) {
+  /// positive ones: as integers, in which one equal to a negative z's counts, too. Up to 6 bits the
+  /// lanes hold them, `mine` of each, else memory.
+  static uint code_of(float z, uint mine, constant float* edges, int bits) {
     const uint half_of = 1u << (bits - 1);
     const bool above = z > 0.0f;
     const uint magnitude = (as_type<uint>(z) & 0x7fffffffu) + (above ? 0u : 1u);
     uint below = 0u;
     KVQ_UNROLL for (int i = 2; i <= 8; ++i) {
       if (i > bits) continue;
-      const uint step = half_of >> (i - 1);
-      below += as_type<uint>(edges[half_of - 1u + below + step]) < magnitude ? step : 0u;
+      const uint step = half_of >> (i - 1), next = below + step;
+      const uint edge =
+          bits <= 6 ? simd_shuffle(mine, ushort(next)) : as_type<uint>(edges[half_of - 1u + next]);
+      below = edge < magnitude ? next : below;
     }
     return above ? half_of + below : half_of - 1u - below;
+  }
+
+  static void encode_any(thread const float* x, thread const Place& at, int bits, float divisor,
+                         bool has_nan, thread uint* codes) {
+    constant float* edges = kvq_boundaries(bits);
+    const uint half_of = 1u << (bits - 1);
+    const uint mine =
+        bits <= 6 ? as_type<uint>(edges[half_of - 1u + (at.lane & (half_of - 1u))]) : 0u;
+    const float inverse = 1.0f / divisor;
+    const bool is_short = is_short_divisor(divisor);
+    float z[KVQ_WIDTH];
+    if (is_plain_divisor(divisor)) {
+      KVQ_UNROLL for (int i = 0; i < KVQ_WIDTH; ++i) {
+        z[i] = quotient(x[i], divisor, inverse, is_short);
+      }
+    } else {
+      KVQ_UNROLL for (int i = 0; i < KVQ_WIDTH; ++i) z[i] = x[i] / divisor;
+    }
+    KVQ_UNROLL for (int i = 0; i < KVQ_WIDTH; ++i) {
+      const uint code = code_of(z[i], mine, edges, bits);
+      codes[i] = has_nan ? 0u : code;
+    }
+  }
+
+  /// Codes of few bits by the table of cells. Where a value is so near a boundary that roundings
+  /// decide, or is NaN, the simdgroup starts over.
+  static void encode_pass(thread const float* x, thread const Place& at, int bits, float divisor,
+                          bool has_nan, thread uint* codes) {
+    bool is_plain = bits <= 4 && is_plain_divisor(divisor);
+    if (bits <= 4) {
+      const float inverse = 1.0f / divisor;
+      KVQ_UNROLL for (int i = 0; i < KVQ_WIDTH; ++i) {
+        const float z = x[i] * inverse;
+        const uint cell = as_type<uint>(fma(clamp(z, -3.8f, 3.8f), 4.0f, KVQ_MAGIC)) & 31u;
+        const uint edge = simd_shuffle(at.table, ushort(cell));
+        const float above = z - as_type<float>(edge);
+        is_plain = is_plain && fabs(above) >= 1e-5f;
+        codes[i] = (edge & 15u) - (as_type<uint>(above) >> 31);
+      }
+    }
+    if (simd_any(!is_plain)) encode_any(x, at, bits, divisor, has_nan, codes);
   }
 
   static void encode(thread float* x, thread const Place& at, thread const Target& out, int bits,
@@ -55,45 +165,53 @@ struct TurboQuant {
     float norm = round_scale(precise::sqrt(mean_square), out.scale_dtype);
     const bool has_nan = is_nan(norm);
     const float divisor = norm == 0.0f ? 1.0f : norm;
-    const bool plain = is_plain_divisor(divisor);
-    const float inverse = 1.0f / divisor;
-    constant float* edges = kvq_boundaries(bits);
-    uint2 streams[KVQ_PASSES];
+    constant float* centroids = kvq_codebook(bits);
     KVQ_UNROLL for (int pass = 0; pass < KVQ_PASSES; ++pass) {
-      if (256 * pass >= at.dim) continue;
-      float z[8];
-      if (plain) {
-        KVQ_UNROLL for (int i = 0; i < 8; ++i) z[i] = quotient(x[8 * pass + i], divisor, inverse);
-      } else {
-        KVQ_UNROLL for (int i = 0; i < 8; ++i) z[i] = x[8 * pass + i] / divisor;
+      if (KVQ_SPAN * pass >= at.dim) continue;
+      thread float* v = x + KVQ_WIDTH * pass;
+      uint codes[KVQ_WIDTH];
+      encode_pass(v, at, bits, divisor, has_nan, codes);
+      Pieces pieces;
+      KVQ_UNROLL for (int i = 0; i < 2; ++i) pieces.piece[i] = pack8(codes + 8 * i, bits);
+      pieces = exchanged(pieces, at, bits);
+      if (at.packs(pass)) {
+        const int first = at.sixteen(pass);
+        store_codes(out.codes + first / 8 * bits, bits, first + 8 < at.dim,
+                    alignment(bits, at.wide), pieces);
       }
-      uint codes[8];
-      KVQ_UNROLL for (int i = 0; i < 8; ++i) codes[i] = has_nan ? 0u : code_of(z[i], edges, bits);
-      streams[pass] = pack8(codes, bits);
-      if (!at.holds(pass)) continue;
-      device uchar* to = out.codes + (at.first + 256 * pass) / 8 * bits;
-      store_bytes(to, bits, alignment(bits, at.wide), streams[pass]);
+      if (out.unbiased) {
+        KVQ_UNROLL for (int i = 0; i < KVQ_WIDTH; ++i) v[i] *= centroids[codes[i]];
+      }
     }
+    simdgroup_barrier(mem_flags::mem_threadgroup);  // the squares have been read
     if (out.unbiased) {
-      constant float* centroids = kvq_codebook(bits);
-      KVQ_UNROLL for (int pass = 0; pass < KVQ_PASSES; ++pass) {
-        if (256 * pass >= at.dim) continue;
-        KVQ_UNROLL for (int i = 0; i < 8; ++i) {
-          x[8 * pass + i] *= centroids[code_at(streams[pass], i, bits)];
-        }
-      }
-      simdgroup_barrier(mem_flags::mem_threadgroup);  // the squares have been read
       put(rows, at, x);
       const float dot = sum_row(rows, at, false);
+      simdgroup_barrier(mem_flags::mem_threadgroup);
       norm = dot > 0.0f && !has_nan ? round_scale(squares / dot, out.scale_dtype) : norm;
     }
     if (at.active && at.first == 0) store_scale(out.scales, 0, out.scale_dtype, norm);
   }
 
-  static void decode(thread const Source& in, int i, int bits, int, bool wide, thread float* y) {
-    const float norm = load_float(in.scales, 0, in.scale_dtype);
-    const uint2 codes = load_bytes(in.codes + i / 8 * bits, bits, alignment(bits, wide));
-    KVQ_UNROLL for (int j = 0; j < 8; ++j) y[j] =
-        kvq_codebook(bits)[code_at(codes, j, bits)] * norm;
+  static Packed load(thread const Source& in, thread const Place& at, int pass, int bits, int) {
+    const int first = at.sixteen(pass);
+    Packed packed = nothing();
+    if (at.packs(pass)) {
+      packed.codes = load_codes(in.codes + first / 8 * bits, bits, first + 8 < at.dim,
+                                alignment(bits, at.wide));
+    }
+    if (at.active) packed.scale = load_float(in.scales, 0, in.scale_dtype);
+    return packed;
+  }
+
+  static void decode(thread const Packed& packed, thread const Place& at, int bits,
+                     thread float* y) {
+    const Pieces codes = exchanged(packed.codes, at, bits);
+    KVQ_UNROLL for (int i = 0; i < KVQ_WIDTH; ++i) {
+      const uint code = code_at(codes.piece[i / 8], i % 8, bits);
+      const float centroid = bits > 5 ? kvq_codebook(bits)[code]
+                                      : as_type<float>(simd_shuffle(at.table, ushort(code)));
+      y[i] = centroid * packed.scale;
+    }
   }
 };

@@ -17,6 +17,7 @@ from torch_kvq.formats import KVFormat, default_scale_dtype
 
 from .catalogue import DTYPE_NAMES, DTYPES
 from .device import DEVICE, Kernels, time_calls
+from .shares import WHOLE, Share, is_in
 from .structs import make
 
 THREADS = 128
@@ -43,7 +44,11 @@ class Shape:
 class Case:
     """A query and packed K and V on the GPU."""
 
-    def __init__(self, k: str, v: str, dtype: torch.dtype, shape: Shape, seed: int = 0) -> None:
+    def __init__(
+        self, k: str, v: str, dtype: torch.dtype, shape: Shape, seed: int = 0, quick: bool = False
+    ) -> None:
+        """`quick`: bytes of codes and scales are random, not packed values."""
+        self.quick = quick
         self.k, self.v, self.dtype, self.shape = KVFormat.parse(k), KVFormat.parse(v), dtype, shape
         self.generator = torch.Generator(DEVICE).manual_seed(seed)
         s = shape
@@ -63,6 +68,10 @@ class Case:
         """Random K or V, quantised by the reference a batch row and 16,384 tokens at a time."""
         s = self.shape
         packed = fmt.empty(s.batch, s.groups, s.tokens, s.head_dim, dtype=self.dtype, device=DEVICE)
+        if self.quick:
+            for tensor in packed:
+                tensor.view(torch.uint8).random_(0, 60)
+            return packed
         for b in range(s.batch):
             for begin in range(0, s.tokens, 16384):
                 end = min(begin + 16384, s.tokens)
@@ -285,17 +294,19 @@ def measure(kernels: Kernels, case: Case, splits: tuple[int, ...] = SPLITS) -> d
 
 
 def small_checks(
-    kernels: Kernels, checked: bool = True
+    kernels: Kernels, checked: bool = True, share: Share = WHOLE, ops: list[str] | None = None
 ) -> Iterator[tuple[dict, dict[str, object]]]:
-    """Every attention kernel of the build on small shapes, with one split and with three; only
-    launched unless `checked`."""
+    """A share of the build's attention kernels on small shapes, with one split and with three;
+    only launched unless `checked`."""
     for number, row in enumerate(kernels.select(op="attention")):
+        if not is_in(number, share) or (ops and "attention" not in ops):
+            continue
         repeat = (1, 2, 4, 8)[number % 4]
         queries = max(1, (PREFILL_ROWS if row["prefill"] else row["rows"]) // repeat)
         if row["prefill"]:
             queries += 3
         shape = Shape(2, 2 * repeat, 2, queries, 203, row["head_dim"])
-        case = Case(row["k"], row["v"], DTYPES[row["dtype"]], shape, seed=number)
+        case = Case(row["k"], row["v"], DTYPES[row["dtype"]], shape, number, quick=not checked)
         results = []
         for splits in (1, 3):
             call = Attention(kernels, row, case, splits)

@@ -17,10 +17,13 @@ from tests.metal import requirements, toolchain
 from .catalogue import METAL, Unit, attention_units, codec_units
 
 MANIFEST = "manifest.json"
-#: Limits of registers, tried in turn: with 128 four threadgroups share a multiprocessor, with the
-#: others three, where ptxas, left alone, takes more without need. And the bytes that may spill.
+#: Limits of registers, and the bytes that may spill under each. A kernel gets the first that holds:
+#: ptxas, left alone, takes more than it needs, and fewer let more threadgroups share a
+#: multiprocessor, of decode with 128 four, with the others three.
 DECODE_REGISTERS = ((128, 4), (160, 4), (168, 32))
 MATRIX_REGISTERS = ((160, 4), (168, 32))
+CODEC_REGISTERS = ((64, 0), (72, 0), (80, 0), (96, 0))
+CODECS = {"affine", "append", "fp8", "gguf", "turboquant"}
 #: Libraries whose kernels the host instantiates on demand.
 TEMPLATES = {"attention_decode", "attention_matrix", "attention_prefill"}
 
@@ -94,8 +97,10 @@ def _ptxas(unit: Unit, source: Path, target: Path, arch: str, *options: str) -> 
 
 
 def register_limits(unit: Unit) -> tuple[tuple[int, int], ...]:
-    """Those that are worth trying: kernels of more rows need more registers than any allows."""
+    """Those that are worth trying: attention of more rows needs more registers than any allows."""
     rows = {row.get("rows") for row in unit.rows}
+    if unit.library in CODECS:
+        return CODEC_REGISTERS
     if unit.library == "attention_decode" and rows == {1}:
         return DECODE_REGISTERS
     return MATRIX_REGISTERS if unit.library == "attention_matrix" and rows == {8} else ()
@@ -107,25 +112,28 @@ def assemble(unit: Unit, out: Path, arch: str) -> list[dict]:
     name = toolchain._digest(
         toolchain._toolchain_id(), source_of(unit), repr(unit.constants), kernels, arch
     )
-    cubin, report = out / f"{name}.cubin", out / f"{name}.txt"
-    if not (cubin.exists() and report.exists()):
+    report = out / f"{name}.json"
+    found: dict[str, dict] = json.loads(report.read_text()) if report.exists() else {}
+    if not (found and all((out / usage["cubin"]).exists() for usage in found.values())):
+        found = {}
         with tempfile.TemporaryDirectory(dir=out) as scratch:
             source, target = Path(scratch) / "unit.ptx", Path(scratch) / "unit.cubin"
             source.write_text(ptx(unit, arch))
-            log = _ptxas(unit, source, target, arch)
-            report.write_text(log)
-            target.replace(cubin)
-            for limit, most in register_limits(unit):
-                log = _ptxas(unit, source, target, arch, f"--maxrregcount={limit}")
-                if all(kernel["spilled"] <= most for kernel in usage(log).values()):
-                    report.write_text(log)
-                    target.replace(cubin)
+            missing = [str(row["kernel"]) for row in unit.rows]
+            for limit, most in (*register_limits(unit), (0, 0)):
+                options = [f"--entry={','.join(missing)}"]
+                options += [f"--maxrregcount={limit}"] if limit else []
+                log = usage(_ptxas(unit, source, target, arch, *options))
+                cubin = f"{name}-{limit}.cubin"
+                fitting = {k: log[k] for k in missing if not limit or log[k]["spilled"] <= most}
+                if fitting:
+                    target.replace(out / cubin)
+                found |= {k: {**v, "cubin": cubin} for k, v in fitting.items()}
+                missing = [k for k in missing if k not in fitting]
+                if not missing:
                     break
-    found = usage(report.read_text())
-    return [
-        {**row, "library": unit.library, "cubin": cubin.name, **found[str(row["kernel"])]}
-        for row in unit.rows
-    ]
+        report.write_text(json.dumps(found))
+    return [{**row, "library": unit.library, **found[str(row["kernel"])]} for row in unit.rows]
 
 
 def build(units: Iterable[Unit], out: Path, *, arch: str = "sm_90", jobs: int = 1) -> list[dict]:
@@ -148,5 +156,4 @@ def build(units: Iterable[Unit], out: Path, *, arch: str = "sm_90", jobs: int = 
     for old in out.glob("*.cubin"):
         if old.name not in used:
             old.unlink()
-            old.with_suffix(".txt").unlink(missing_ok=True)
     return rows

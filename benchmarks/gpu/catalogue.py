@@ -36,6 +36,10 @@ MIXED = [
 ]
 #: Attention is built for these besides D = 128.
 HEAD_DIMS = (64, 80, 96, 192, 256)
+#: So are the codecs, at 384 with unaligned rows, at 24 and 1024 for the layouts of their lanes.
+CODEC_DIMS = (24, *HEAD_DIMS, 384, 1024)
+#: KvqDtype of the default scales of each dtype.
+SCALES_OF = ((("float",), 0), (("half", "bfloat"), 1))
 #: (query, head) rows of a decode threadgroup.
 ROWS = (1, 2, 4, 8)
 PAIRS = [(f, f) for f in ALL_FORMATS] + [(KVFormat.parse(k), KVFormat.parse(v)) for k, v in MIXED]
@@ -97,31 +101,51 @@ def codec_units(library: str, kernels: Iterable[str], pairs: list | None = None)
         rows.append({"kernel": kernel, **row})
     ops = {str(row["op"]) for row in rows}
     if ops <= {"quantize", "dequantize"}:
-        settings = [
-            {**switches, "kvq_head_dim": 128, "kvq_wide": 1}
-            for switches in _switches("kvq_rotate", "kvq_centre")
-        ]
-        settings.append({"kvq_rotate": 1, "kvq_centre": 1, "kvq_head_dim": 384, "kvq_wide": 0})
-    elif ops == {"hadamard"}:
+        for switches in _switches("kvq_rotate", "kvq_centre"):
+            for dtypes, scale in SCALES_OF:
+                constants = {**switches, **shape(128), "kvq_scale_dtype": scale}
+                yield _unit(library, [r for r in rows if r["dtype"] in dtypes], constants)
+        for number, head_dim in enumerate(CODEC_DIMS):
+            wide = head_dim % 16 == 0 and head_dim != 384
+            mine = []
+            for index, fmt in enumerate(dict.fromkeys(str(row["format"]) for row in rows)):
+                # One dtype of each format; all of them with rows that begin anywhere.
+                dtypes = {list(DTYPES)[(index + number) % 3]} if wide else set(DTYPES)
+                if holds(KVFormat.parse(fmt), head_dim):
+                    mine += [r for r in rows if r["format"] == fmt and r["dtype"] in dtypes]
+            constants = {"kvq_rotate": 1, "kvq_centre": 1, **shape(head_dim, wide)}
+            yield _unit(library, mine, {**constants, "kvq_scale_dtype": 2})
+        return
+    if ops == {"append"}:
+        for k, v in PAIRS if pairs is None else pairs:
+            for dtypes, scale in SCALES_OF:
+                named = [
+                    {**row, "k": str(k), "v": str(v)} for row in rows if row["dtype"] in dtypes
+                ]
+                yield _unit(library, named, append_constants(k, v, scale))
+        return
+    if ops == {"hadamard"}:
         settings = _switches("kvq_signs", "kvq_inverse")
     elif ops == {"mlx_native_dequantize"}:
         settings = _switches("kvq_rotate", "kvq_signs")
     elif library == "q4_k":
         settings = [{"kvq_aligned": 1, "kvq_vectors": m} for m in (2, 8)]
         settings.append({"kvq_aligned": 0, "kvq_vectors": 8})
-    elif ops == {"append"}:
-        for k, v in PAIRS if pairs is None else pairs:
-            constants = append_constants(k, v)
-            named = [{**row, "k": str(k), "v": str(v), "constants": constants} for row in rows]
-            yield Unit(library, named, constants=constants)
-        return
     else:
         settings = [{}]
     for constants in settings:
-        yield Unit(library, [{**row, "constants": constants} for row in rows], constants=constants)
+        yield _unit(library, rows, constants)
 
 
-def append_constants(k: KVFormat, v: KVFormat) -> dict[str, int]:
+def _unit(library: str, rows: list[Row], constants: dict[str, int]) -> Unit:
+    return Unit(library, [{**row, "constants": constants} for row in rows], constants=constants)
+
+
+def shape(head_dim: int, wide: bool = True) -> dict[str, int]:
+    return {"kvq_head_dim": head_dim, "kvq_wide": int(wide)}
+
+
+def append_constants(k: KVFormat, v: KVFormat, scale_dtype: int = 1) -> dict[str, int]:
     """The function constants of kvq_append_*; rotated formats are centred, too."""
     return {
         f"kvq_{side}_{name}": int(value)
@@ -134,6 +158,7 @@ def append_constants(k: KVFormat, v: KVFormat) -> dict[str, int]:
             "centre": fmt.rotate,
             "head_dim": 128,
             "wide": fmt.family != "none",
+            "scale_dtype": scale_dtype,
         }.items()
     }
 

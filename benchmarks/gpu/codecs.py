@@ -11,10 +11,11 @@ import torch
 
 from torch_kvq import reference
 from torch_kvq.codebooks import codebook, hadamard_block, hadamard_signs
-from torch_kvq.formats import KVFormat, default_scale_dtype
+from torch_kvq.formats import KVFormat
 
 from .catalogue import DTYPES
 from .device import DEVICE, Kernels, time_calls, to_device
+from .shares import WHOLE, Share, is_in
 from .structs import make
 
 #: Tokens of the checks: no multiple of what the kernels take at once.
@@ -25,24 +26,32 @@ Packed = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 def vectors_per_simdgroup(fmt: KVFormat, head_dim: int) -> int:
     """As in csrc/mps/rows.h."""
-    return 1 if fmt.family == "none" or head_dim > 256 else 256 // head_dim
+    lanes = -(-head_dim // 32) * 2
+    return 1 if fmt.family == "none" or lanes > 32 else 32 // lanes
 
 
-def steps_for(fmt: KVFormat, tokens: int, head_dim: int, rotated: bool) -> int:
+def steps_for(fmt: KVFormat, tokens: int, head_dim: int) -> int:
     """As in csrc/mps/rows.h."""
     many = tokens >= 32 * vectors_per_simdgroup(fmt, head_dim)
-    return 4 if many and fmt.family not in ("none", "turboquant") and not rotated else 1
+    return 4 if many and fmt.family != "none" else 1
 
 
-def lay_out(vectors: int, rows: int, floats: int) -> tuple[tuple, tuple, int]:
+def row_floats(fmt: KVFormat, head_dim: int) -> int:
+    """As in csrc/mps/rows.h."""
+    if fmt.family == "none":
+        return head_dim
+    blocks = vectors_per_simdgroup(fmt, head_dim) * -(-head_dim // 32)
+    return {"turboquant": 36 * blocks, "gguf": (34 * blocks + 3) // 4}.get(fmt.family, 0)
+
+
+def lay_out(simdgroups: int, heads: int, batch: int, floats: int) -> tuple[tuple, tuple, int]:
     """Grid, threadgroup and threadgroup memory of lay_out in csrc/mps/rows.h.
 
-    CUDA has whole threadgroups only. The kernels of packed formats expect tokens past the end, but
-    hadamard's and mlx_native's do not: as many simdgroups as divide the vectors.
+    CUDA has whole threadgroups only: as many simdgroups in one as divide their number.
     """
-    simdgroups = math.gcd(vectors, 4)
-    size = -(-simdgroups * floats * 4 // 16) * 16
-    return (1, vectors // simdgroups, rows), (32, simdgroups, 1), size
+    together = math.gcd(simdgroups, 4)
+    size = -(-together * max(floats, 1) * 4 // 16) * 16
+    return (simdgroups // together, heads, batch), (32 * together, 1, 1), size
 
 
 def set_strides(params: np.ndarray, tensor: torch.Tensor) -> None:
@@ -68,7 +77,7 @@ class Side:
 
     @property
     def steps(self) -> int:
-        return steps_for(self.fmt, self.x.shape[2], self.x.shape[3], self.signs is not None)
+        return steps_for(self.fmt, self.x.shape[2], self.x.shape[3])
 
 
 def hadamard_fields(head_dim: int) -> dict[str, object]:
@@ -96,7 +105,7 @@ def write_params(sides: list[Side], position: int) -> np.ndarray:
     params["batch"], params["tokens"] = x.shape[0], x.shape[2]
     params["heads"] = max(side.x.shape[1] for side in sides)
     params["steps"] = min(side.steps for side in sides)
-    params["row"] = max(side.vectors * side.x.shape[3] for side in sides)
+    params["row"] = max(row_floats(side.fmt, side.x.shape[3]) for side in sides)
     return params
 
 
@@ -104,7 +113,7 @@ def quantize_call(kernels: Kernels, row: dict, side: Side, position: int = 0) ->
     """quantize_into_ of one side."""
     params = write_params([side], position)
     simdgroups = -(-side.x.shape[2] // (side.vectors * int(params["steps"])))
-    grid, block, shared = lay_out(simdgroups, side.x.shape[0] * side.x.shape[1], int(params["row"]))
+    grid, block, shared = lay_out(simdgroups, side.x.shape[1], side.x.shape[0], int(params["row"]))
     buffers = [side.x, *side.packed, None, side.signs, side.mean]
     return kernels.prepare(row, grid, block, buffers, params, shared)
 
@@ -112,9 +121,9 @@ def quantize_call(kernels: Kernels, row: dict, side: Side, position: int = 0) ->
 def append_call(kernels: Kernels, row: dict, k: Side, v: Side, position: int = 0) -> Callable:
     """append_ of both sides."""
     params = write_params([k, v], position)
-    rows = 2 * k.x.shape[0] * int(params["heads"])
-    vectors = min(k.vectors, v.vectors) * int(params["steps"])
-    grid, block, shared = lay_out(-(-k.x.shape[2] // vectors), rows, int(params["row"]))
+    simdgroups = -(-k.x.shape[2] // (min(k.vectors, v.vectors) * int(params["steps"])))
+    heads, batch = int(params["heads"]), 2 * k.x.shape[0]
+    grid, block, shared = lay_out(simdgroups, heads, batch, int(params["row"]))
     buffers = []
     for side in (k, v):
         buffers += [side.x, *side.packed, side.signs, side.mean]
@@ -127,7 +136,7 @@ def dequantize_call(
     """dequantize of slots start to start + out.shape[2]."""
     codes, scales, _ = side.packed
     vectors = vectors_per_simdgroup(side.fmt, out.shape[3])
-    steps = steps_for(side.fmt, out.shape[2], out.shape[3], side.signs is not None)
+    steps = steps_for(side.fmt, out.shape[2], out.shape[3])
     params = make(
         "KvqReadParams",
         **hadamard_fields(out.shape[3]),
@@ -138,8 +147,9 @@ def dequantize_call(
     for name, tensor in zip(("codes", "scales", "biases"), side.packed, strict=True):
         set_strides(params[name], tensor)
     grid, block, shared = lay_out(
-        -(-out.shape[2] // (vectors * steps)), out.shape[0] * out.shape[1], vectors * out.shape[3]
-    )
+        -(-out.shape[2] // (vectors * steps)), out.shape[1], out.shape[0],
+        out.shape[3] if side.fmt.family == "none" else 0,
+    )  # fmt: skip
     buffers = [*side.packed, side.signs, side.mean, out]
     return kernels.prepare(row, grid, block, buffers, params, shared)
 
@@ -149,7 +159,7 @@ def hadamard_call(
 ) -> Callable:
     """hadamard of contiguous vectors."""
     params = make("KvqHadamardParams", **hadamard_fields(x.shape[-1]))
-    grid, block, shared = lay_out(x.numel() // x.shape[-1], 1, x.shape[-1])
+    grid, block, shared = lay_out(x.numel() // x.shape[-1], 1, 1, x.shape[-1])
     return kernels.prepare(row, grid, block, [x, signs, out], params, shared)
 
 
@@ -167,7 +177,7 @@ def mlx_native_call(
     )  # fmt: skip
     set_strides(params["codes"], codes)
     set_strides(params["norms"], norms)
-    grid, block, shared = lay_out(codes.shape[2], codes.shape[0] * codes.shape[1], head_dim)
+    grid, block, shared = lay_out(codes.shape[2], codes.shape[1], codes.shape[0], head_dim)
     return kernels.prepare(row, grid, block, [codes, norms, book, signs, out], params, shared)
 
 
@@ -185,12 +195,14 @@ def random(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.
     return x
 
 
-def small_side(spec: str, dtype: torch.dtype, head_dim: int, rotate: bool, centre: bool, seed: int):  # type: ignore[no-untyped-def]
+def small_side(  # type: ignore[no-untyped-def]
+    spec: str, dtype: torch.dtype, head_dim: int, rotate: bool, centre: bool, scale: int, seed: int
+):
     """A side with empty slots around the tokens, on the CPU."""
     fmt = KVFormat.parse(spec)
     x = random(2, 3, TOKENS, head_dim, seed=seed, dtype=dtype)
     packed = fmt.empty(
-        2, 3, TOKENS + 4, head_dim, dtype=dtype, scale_dtype=default_scale_dtype(dtype)
+        2, 3, TOKENS + 4, head_dim, dtype=dtype, scale_dtype=list(SCALARS)[scale]
     )  # fmt: skip
     signs = hadamard_signs(head_dim) if rotate else None
     mean = random(3, head_dim, seed=seed + 1) if centre else None
@@ -226,20 +238,22 @@ def same_values(ours: torch.Tensor, expected: torch.Tensor) -> bool:
     )
 
 
-def check_row(kernels: Kernels, row: dict, head_dim: int, seed: int) -> bool:
-    """One codec kernel against the reference on small tensors."""
+def check_row(kernels: Kernels, row: dict, head_dim: int, seed: int, checked: bool = True) -> bool:
+    """One codec kernel against the reference on small tensors, or only launched."""
     dtype, constants = DTYPES[row["dtype"]], row["constants"]
     position = 2
     if row["op"] == "append":
         sides = [
             small_side(
                 row[s], dtype, head_dim, constants[f"kvq_{s}_rotate"],
-                constants[f"kvq_{s}_centre"], seed + i,
+                constants[f"kvq_{s}_centre"], constants[f"kvq_{s}_scale_dtype"], seed + i,
             )
             for i, s in enumerate(("k", "v"))
         ]  # fmt: skip
         ours = [on_device(side) for side in sides]
         append_call(kernels, row, *ours, position)()
+        if not checked:
+            return True
         for side in sides:
             write_reference(side, position)
         pairs = zip(ours, sides, strict=True)
@@ -252,7 +266,9 @@ def check_row(kernels: Kernels, row: dict, head_dim: int, seed: int) -> bool:
         inverse = bool(constants["kvq_inverse"])
         out = torch.full_like(x, math.nan).to(DEVICE)
         hadamard_call(kernels, row, to_device(x), to_device(signs), out)()
-        return same_values(out, reference.to_dtype(reference.hadamard(x, signs, inverse), dtype))
+        return not checked or same_values(
+            out, reference.to_dtype(reference.hadamard(x, signs, inverse), dtype)
+        )
     if row["op"] == "mlx_native_dequantize":
         bits = 4
         codes = torch.randint(
@@ -265,22 +281,30 @@ def check_row(kernels: Kernels, row: dict, head_dim: int, seed: int) -> bool:
         mlx_native_call(
             kernels, row, *operands, bits, to_device(codebook(bits)), to_device(signs), out
         )()
+        if not checked:
+            return True
         expected = reference.mlx_native_dequantize(
             codes, norms, bits, codebook=codebook(bits), signs=signs,
             rotate_back=bool(constants["kvq_rotate"]),
         )  # fmt: skip
         return same_values(out, expected)
     side = small_side(
-        row["format"], dtype, head_dim, constants["kvq_rotate"], constants["kvq_centre"], seed
-    )
+        row["format"], dtype, head_dim, constants["kvq_rotate"], constants["kvq_centre"],
+        constants["kvq_scale_dtype"], seed,
+    )  # fmt: skip
     if row["op"] == "quantize":
         ours = on_device(side)
         quantize_call(kernels, row, ours, position)()
+        if not checked:
+            return True
         write_reference(side, position)
         return all(same_bytes(a, b) for a, b in zip(ours.packed, side.packed, strict=True))
-    write_reference(side, position)
+    if checked:
+        write_reference(side, position)
     out = torch.full((2, 3, TOKENS, head_dim), math.nan, dtype=dtype, device=DEVICE)
     dequantize_call(kernels, row, on_device(side), out, position)()
+    if not checked:
+        return True
     expected = reference.dequantize(
         *side.packed, side.fmt.name, side.fmt.group_size, signs=side.signs, mean=side.mean,
         dtype=dtype, start=position, length=TOKENS,
@@ -294,17 +318,26 @@ def head_dim_of(row: dict) -> int:
     return constants.get("kvq_head_dim") or constants.get("kvq_k_head_dim") or 128
 
 
-def small_checks(kernels: Kernels) -> Iterator[tuple[dict, dict[str, object]]]:
-    """Every codec kernel of the build, at the head size that it was compiled for."""
+def small_checks(
+    kernels: Kernels, checked: bool = True, share: Share = WHOLE, ops: list[str] | None = None
+) -> Iterator[tuple[dict, dict[str, object]]]:
+    """A share of the build's codec kernels, at the head sizes that they were compiled for."""
     for number, row in enumerate(kernels.rows):
+        if not is_in(number, share) or (ops and row["op"] not in ops):
+            continue
         if str(row["op"]).startswith(("attention", "q4_k")):
             continue
         head_dim = head_dim_of(row)
-        right = check_row(kernels, row, head_dim, seed=number)
+        right = check_row(kernels, row, head_dim, seed=number, checked=checked)
         yield row, {"head_dim": head_dim, "ok": right}
 
 
 # ---- timing
+
+
+def format_of(row: dict) -> str:
+    """What a timed row is called: its format, or those of K and V."""
+    return row.get("format") or "/".join(row[side] for side in ("k", "v") if side in row)
 
 
 def nbytes(*tensors: torch.Tensor) -> int:
@@ -328,8 +361,6 @@ def timed_call(kernels: Kernels, row: dict, batch: int, tokens: int, groups: int
         return torch.randn(shape, generator=generator, device=DEVICE).to(dtype)
 
     if row["op"] == "hadamard":
-        most = 65535 * 4 // (batch * groups)  # threadgroups along CUDA's second dimension
-        shape = (batch, groups, min(tokens, most // 4 * 4), head_dim)
         x, signs = dense(), to_device(hadamard_signs(head_dim))
         out = torch.empty_like(x)
         return hadamard_call(kernels, row, x, signs, out), nbytes(x, out)
@@ -370,7 +401,7 @@ def measure(
         times = time_calls({"ours": call, "copy": copy_call(size)}, flush=flush)
         yield {
             **{key: row[key] for key in ("kernel", "op", "dtype", "constants", "registers")},
-            "format": row.get("format") or f"{row.get('k', '')}/{row.get('v', '')}",
+            "format": format_of(row),
             "batch": batch, "tokens": tokens, "us": times["ours"], "nbytes": size,
             "gbps": size / times["ours"] / 1e3, "of_copy": times["copy"] / times["ours"],
         }  # fmt: skip

@@ -1,12 +1,9 @@
-"""Executed instructions by Nsight Compute, and faults by compute-sanitizer: both run this script
-again under the tool, which launches every kernel once."""
+"""Executed instructions by Nsight Compute, which runs this script again and sees every launch."""
 
 from __future__ import annotations
 
 import csv
 import io
-import os
-import re
 import shutil
 import subprocess
 import sys
@@ -56,28 +53,3 @@ def parse_counters(output: str) -> list[dict[str, float]]:
         metrics = found.setdefault(line["ID"], {"kernel": line["Kernel Name"].partition("(")[0]})
         metrics[line["Metric Name"]] = float(line["Metric Value"].replace(",", ""))
     return list(found.values())
-
-
-def sanitize(name: str, arguments: Sequence[str]) -> dict[str, object]:
-    """memcheck or racecheck over `ptx.py ARGUMENTS`."""
-    sanitizer = tool("compute-sanitizer")
-    if sanitizer is None:
-        raise RuntimeError("compute-sanitizer is not installed")
-    command = [
-        sanitizer, "--tool", name, "--error-exitcode", "9", "--print-limit", "20",
-        "--kernel-regex", "kns=kvq_", sys.executable, str(SCRIPT), *arguments,
-    ]  # fmt: skip
-    # Every tensor is an allocation of its own, whose end memcheck knows.
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    output = result.stdout + result.stderr
-    found = re.findall(r"ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard", output)
-    problems = sum(int(a or b) for a, b in found)
-    launched = re.findall(r"launched (\d+) kernels", output)
-    return {
-        "tool": name,
-        "kernels": int(launched[-1]) if launched else 0,
-        "errors": problems if found else None,
-        "clean": result.returncode == 0 and bool(found) and problems == 0 and bool(launched),
-        "output": "" if result.returncode == 0 else output[-6000:],
-    }

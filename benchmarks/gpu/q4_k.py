@@ -12,6 +12,7 @@ from torch_kvq import reference
 from .catalogue import DTYPES
 from .codecs import nbytes, same_bytes, same_values
 from .device import DEVICE, Kernels, time_calls, to_device
+from .shares import WHOLE, Share, is_in
 from .structs import constant, make
 
 GEMV_ROWS, FEW_ROWS, TILE_M, TILE_N, TILE_THREADS = (
@@ -24,8 +25,8 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 def simdgroups(count: int) -> tuple[tuple, tuple]:
     """Grid and threadgroup of `count` simdgroups; CUDA has whole threadgroups only."""
-    height = math.gcd(count, 4)
-    return (1, count // height), (32, height)
+    together = math.gcd(count, 4)
+    return (count // together,), (32 * together,)
 
 
 def product_call(
@@ -33,7 +34,8 @@ def product_call(
 ) -> Callable:
     """out [m, n] = x [m, k] times the rows of blocks [n, k / 256 * 144]."""
     (m, k), n = x.shape, blocks.shape[0]
-    params = make("KvqQ4KParams", row_stride=blocks.stride(0), columns=k // 256, m=m, n=n)
+    params = make("KvqQ4KParams", row_stride=blocks.stride(0), columns=k // 256, m=m, n=n,
+                  magic=0x4B000000)  # fmt: skip
     if row["op"] == "q4_k_matmul":
         grid, block = (-(-n // TILE_N), -(-m // TILE_M)), (TILE_THREADS,)
     else:
@@ -42,8 +44,8 @@ def product_call(
     return kernels.prepare(row, grid, block, [x, blocks, out], params)
 
 
-def check_row(kernels: Kernels, row: dict, seed: int) -> bool:
-    """One kernel against the reference."""
+def check_row(kernels: Kernels, row: dict, seed: int, checked: bool = True) -> bool:
+    """One kernel against the reference, or only launched."""
     dtype, generator = DTYPES[row["dtype"]], torch.Generator().manual_seed(seed)
     n, k = 62, 768
     w = torch.randn(n, k, generator=generator)
@@ -52,25 +54,31 @@ def check_row(kernels: Kernels, row: dict, seed: int) -> bool:
     if row["op"] == "q4_k_quantize":
         out = torch.empty_like(blocks, device=DEVICE)
         kernels.prepare(row, *simdgroups(count), [to_device(w.to(dtype)), out], None)()
-        return same_bytes(out, blocks)
+        return not checked or same_bytes(out, blocks)
     if row["op"] == "q4_k_dequantize":
         values = torch.full((n, k), math.nan, dtype=dtype, device=DEVICE)
         kernels.prepare(row, *simdgroups(count), [to_device(blocks), values], None)()
-        return same_values(values, reference.q4_k_dequantize(blocks, dtype))
+        return not checked or same_values(values, reference.q4_k_dequantize(blocks, dtype))
     m = {"q4_k_gemv": 1, "q4_k_matmul": 37}.get(row["op"], row["constants"]["kvq_vectors"])
     x = torch.randn(m, k, generator=generator).to(dtype)
     out = torch.full((m, n), math.nan, dtype=dtype, device=DEVICE)
     product_call(kernels, row, to_device(x), to_device(blocks), out)()
+    if not checked:
+        return True
     expected = x.double() @ reference.q4_k_dequantize(blocks).double().T
     difference = (out.cpu().double() - expected).norm() / expected.norm()
     return bool(difference <= TOLERANCE[dtype])
 
 
-def small_checks(kernels: Kernels) -> Iterator[tuple[dict, dict[str, object]]]:
-    """Every Q4_K kernel of the build."""
+def small_checks(
+    kernels: Kernels, checked: bool = True, share: Share = WHOLE, ops: list[str] | None = None
+) -> Iterator[tuple[dict, dict[str, object]]]:
+    """A share of the build's Q4_K kernels."""
     for number, row in enumerate(kernels.rows):
+        if not is_in(number, share) or (ops and row["op"] not in ops):
+            continue
         if str(row["op"]).startswith("q4_k"):
-            yield row, {"ok": check_row(kernels, row, number)}
+            yield row, {"ok": check_row(kernels, row, number, checked)}
 
 
 def gemv_call(kernels: Kernels, row: dict, n: int = 8192, k: int = 8192):  # type: ignore[no-untyped-def]

@@ -26,7 +26,9 @@ runtime::Launch append_launch(const Write& k, const Write& v, const Position& po
                     {"kvq_v_rotate", v.side.signs.has_value()},
                     {"kvq_v_centre", v.side.mean.has_value()},
                     {"kvq_v_head_dim", static_cast<int32_t>(v.side.head_dim)},
-                    {"kvq_v_wide", is_wide(v.side, v.x, v.packed.codes)}},
+                    {"kvq_v_wide", is_wide(v.side, v.x, v.packed.codes)},
+                    {"kvq_k_scale_dtype", params.side[0].scale_dtype},
+                    {"kvq_v_scale_dtype", params.side[1].scale_dtype}},
       .buffers = {k.x, k.packed.codes, k.packed.scales, k.packed.biases, or_none(k.side.signs),
                   or_none(k.side.mean), v.x, v.packed.codes, v.packed.scales, v.packed.biases,
                   or_none(v.side.signs), or_none(v.side.mean), position.tensor},
@@ -34,7 +36,7 @@ runtime::Launch append_launch(const Write& k, const Write& v, const Position& po
   };
   lay_out(launch,
           simdgroups_for(params.tokens, std::min(vectors_of(k), vectors_of(v)), params.steps),
-          2 * int64_t{params.batch} * params.heads, params.row);
+          params.heads, 2 * int64_t{params.batch}, params.row);
   return launch;
 }
 

@@ -33,12 +33,13 @@ runtime::Launch read_launch(const Packed& packed, const Side& side, const at::Te
       .constants = {{"kvq_rotate", side.signs.has_value()},
                     {"kvq_centre", side.mean.has_value()},
                     {"kvq_head_dim", static_cast<int32_t>(side.head_dim)},
-                    {"kvq_wide", is_wide(side, out, codes)}},
+                    {"kvq_wide", is_wide(side, out, codes)},
+                    {"kvq_scale_dtype", params.scale_dtype}},
       .buffers = {codes, scales, biases, or_none(side.signs), or_none(side.mean), out},
       .params = params,
   };
-  lay_out(launch, simdgroups_for(out.size(2), vectors, params.steps), out.size(0) * out.size(1),
-          vectors * side.head_dim);
+  lay_out(launch, simdgroups_for(out.size(2), vectors, params.steps), out.size(1), out.size(0),
+          side.format.is_none() ? side.head_dim : 0);
   return launch;
 }
 

@@ -29,7 +29,7 @@ at::Tensor hadamard(const at::Tensor& x, const OptionalTensor& signs, bool inver
       .buffers = {source, or_none(side.signs), out},
       .params = params,
   };
-  lay_out(launch, source.numel() / side.head_dim, 1, side.head_dim);
+  lay_out(launch, source.numel() / side.head_dim, 1, 1, side.head_dim);
   runtime::dispatch(launch);
   return out;
 }

@@ -36,7 +36,7 @@ at::Tensor mlx_native_dequantize(const at::Tensor& codes, const at::Tensor& norm
       .buffers = {codes, norms, checked.codebook, or_none(checked.side.signs), out},
       .params = params,
   };
-  lay_out(launch, checked.tokens, codes.size(0) * codes.size(1), head_dim);
+  lay_out(launch, checked.tokens, codes.size(1), codes.size(0), head_dim);
   runtime::dispatch(launch);
   return out;
 }

@@ -23,7 +23,7 @@ at::Tensor aligned(const at::Tensor& t, int64_t bytes) {
 
 /// One simdgroup for each of `count` pieces of work.
 void launch_simdgroups(runtime::Launch launch, int64_t count) {
-  lay_out(launch, count, 1, 0);
+  lay_out(launch, count, 1, 1, 0);
   launch.threadgroup_memory.clear();
   runtime::dispatch(launch);
 }
@@ -75,6 +75,7 @@ at::Tensor multiply(const char* op, Q4KProduct product) {
   params.columns = static_cast<int32_t>(product.k / KVQ_Q4_K_SIZE);
   params.m = static_cast<int32_t>(product.m);
   params.n = static_cast<int32_t>(product.n);
+  params.magic = 0x4b000000;
   const bool few = product.m <= KVQ_Q4_K_FEW;
   const KernelName name = q4_k_kernel(product.m == 1 ? "gemv" : few ? "few" : "matmul", dtype);
   runtime::Launch launch{

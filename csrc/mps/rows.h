@@ -36,17 +36,34 @@ inline at::Tensor or_none(const OptionalTensor& t) { return t ? *t : at::Tensor(
 
 /// Vectors of a packed format that a simdgroup takes at once (metal/common.h); one of format none.
 inline int64_t vectors_per_simdgroup(const Format& format, int64_t head_dim) {
-  return format.is_none() || head_dim > 256 ? 1 : 256 / head_dim;
+  const int64_t lanes = (head_dim + 31) / 32 * 2;
+  return format.is_none() || lanes > kLanes ? 1 : kLanes / lanes;
 }
 
 /// Times that a simdgroup takes its number of vectors: with many tokens several, which share the
-/// work of finding a head's rows. Kernels of format none and with a rotation have no such loop
-/// (steps_of in metal/common.h).
+/// work of finding a head's rows. Kernels of format none have no such loop (steps_of in
+/// metal/common.h).
 inline int32_t steps_for(const Side& side, int64_t tokens) {
   const int64_t vectors = vectors_per_simdgroup(side.format, side.head_dim);
-  const bool loops =
-      !side.format.is_none() && !side.signs && side.format.family != KVQ_FAMILY_TURBOQUANT;
-  return loops && tokens >= 32 * vectors ? 4 : 1;
+  return !side.format.is_none() && tokens >= 32 * vectors ? 4 : 1;
+}
+
+/// Threadgroup memory of a simdgroup that writes: a row of format none; TurboQuant's vectors, 32
+/// elements every 36 floats (metal/turboquant.h); rows of blocks (metal/gguf.h).
+inline int64_t row_floats(const Side& side) {
+  const int64_t vectors = vectors_per_simdgroup(side.format, side.head_dim);
+  const int64_t blocks = vectors * ((side.head_dim + 31) / 32);
+  switch (side.format.family) {
+    case KVQ_FAMILY_NONE:
+      return side.head_dim;
+    case KVQ_FAMILY_TURBOQUANT:
+      return blocks * 36;
+    case KVQ_FAMILY_Q8_0:
+    case KVQ_FAMILY_Q4_0:
+      return (blocks * 34 + 3) / 4;
+    default:
+      return 0;
+  }
 }
 
 /// Simdgroups that the tokens of a head take.
@@ -61,29 +78,33 @@ inline bool rows_aligned(const at::Tensor& t, int64_t bytes) {
   return elements * t.element_size() % bytes == 0;
 }
 
-/// The function constant `wide`: whether the kernels may access eight elements of a row at once.
+/// The function constant `wide`: whether the kernels may access sixteen elements of a row at once.
 inline bool is_wide(const Side& side, const at::Tensor& dense, const at::Tensor& codes) {
   const bool gguf = side.format.family == KVQ_FAMILY_Q8_0 || side.format.family == KVQ_FAMILY_Q4_0;
-  return !side.format.is_none() && rows_aligned(dense, 16) &&
-         rows_aligned(codes, gguf ? 2 : side.format.bits & -side.format.bits) &&
+  const int64_t blocks = side.head_dim % 64 == 0 ? 4 : 2;  // what rows of blocks are multiples of
+  const int64_t sixteen = 2 * side.format.bits;            // bytes of sixteen codes
+  return !side.format.is_none() && side.head_dim % 16 == 0 && rows_aligned(dense, 16) &&
+         rows_aligned(codes, gguf ? blocks : sixteen & -sixteen) &&
          (!side.signs || rows_aligned(*side.signs, 16)) &&
          (!side.mean || rows_aligned(*side.mean, 16));
 }
 
-/// Gives the launch its grid, `vectors` * `rows` simdgroups, and the threadgroup memory in which
-/// each keeps `floats` values.
-inline void lay_out(runtime::Launch& launch, int64_t vectors, int64_t rows, int64_t floats) {
+/// Gives the launch its grid, `simdgroups` of each head of each batch row, and the threadgroup
+/// memory in which each keeps `floats` values.
+inline void lay_out(runtime::Launch& launch, int64_t simdgroups, int64_t heads, int64_t batch,
+                    int64_t floats) {
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
-  TORCH_CHECK_VALUE(vectors <= kMost && rows <= kMost, "[kvq.metal] kernel ", launch.kernel,
-                    " handles at most 2^31 - 1 vectors per row and rows, got ", vectors, " and ",
-                    rows);
-  launch.threads = {kLanes, vectors, rows};
-  if (vectors == 0 || rows == 0) return;
+  TORCH_CHECK_VALUE(simdgroups <= kMost / kLanes && heads <= kMost && batch <= kMost,
+                    "[kvq.metal] kernel ", launch.kernel,
+                    " handles at most 2^26 - 1 simdgroups of 2^31 - 1 heads and batch rows, got ",
+                    simdgroups, ", ", heads, " and ", batch);
+  launch.threads = {kLanes * simdgroups, heads, batch};
+  if (simdgroups == 0 || heads == 0 || batch == 0) return;
   const auto& pipeline = runtime::pipeline(launch.library, launch.kernel, launch.constants);
-  const int64_t simdgroups =
-      std::max<int64_t>(1, std::min({kSimdgroups, vectors, pipeline.max_threads / kLanes}));
-  launch.threads_per_threadgroup = {kLanes, simdgroups, 1};
-  launch.threadgroup_memory = {(simdgroups * floats * 4 + 15) / 16 * 16};
+  const int64_t together =
+      std::max<int64_t>(1, std::min({kSimdgroups, simdgroups, pipeline.max_threads / kLanes}));
+  launch.threads_per_threadgroup = {kLanes * together, 1, 1};
+  launch.threadgroup_memory = {(together * std::max<int64_t>(floats, 1) * 4 + 15) / 16 * 16};
 }
 
 }  // namespace kvq::mps

@@ -80,7 +80,7 @@ KvqWriteParams write_params(std::initializer_list<const Write*> writes, const Po
     params.batch = static_cast<int32_t>(write->x.size(0));
     params.tokens = static_cast<int32_t>(write->x.size(2));
     params.heads = std::max(params.heads, side.heads);
-    const int64_t floats = vectors_of(*write) * write->side.head_dim;
+    const int64_t floats = row_floats(write->side);
     params.steps = std::min(params.steps, steps_for(write->side, write->x.size(2)));
     params.row = std::max(params.row, static_cast<int32_t>(floats));
   }
@@ -103,13 +103,14 @@ runtime::Launch write_launch(const Write& write, const Position& position, bool 
       .constants = {{"kvq_rotate", write.side.signs.has_value()},
                     {"kvq_centre", write.side.mean.has_value()},
                     {"kvq_head_dim", static_cast<int32_t>(write.side.head_dim)},
-                    {"kvq_wide", is_wide(write.side, write.x, write.packed.codes)}},
+                    {"kvq_wide", is_wide(write.side, write.x, write.packed.codes)},
+                    {"kvq_scale_dtype", params.side[0].scale_dtype}},
       .buffers = {write.x, write.packed.codes, write.packed.scales, write.packed.biases,
                   position.tensor, or_none(write.side.signs), or_none(write.side.mean)},
       .params = params,
   };
-  lay_out(launch, simdgroups_for(params.tokens, vectors_of(write), params.steps),
-          int64_t{params.batch} * params.heads, params.row);
+  lay_out(launch, simdgroups_for(params.tokens, vectors_of(write), params.steps), params.heads,
+          params.batch, params.row);
   return launch;
 }
 

@@ -91,7 +91,7 @@ struct KvqQ4KParams {
   int32_t columns;     ///< super-blocks in a row, K / 256
   int32_t m;           ///< vectors x, contiguous [m, K]; the output is contiguous [m, n]
   int32_t n;           ///< rows of w
-  int32_t reserved;
+  uint32_t magic;      ///< 2^23's bits, 0x4b000000: as a constant it costs an instruction more
 };
 
 static_assert(sizeof(KvqStrides) == 24, "host and kernels must agree");

@@ -32,7 +32,7 @@ static_assert(sizeof(KvqQ4KBlock) == 144, "the layout of a GGUF file");
 #define KVQ_Q4_K_LEAST_SPAN 9.313225746154785e-10f
 
 // The Metal kernels' shares of work.
-#define KVQ_Q4_K_GEMV_ROWS 2  ///< rows of w per simdgroup, one vector x
+#define KVQ_Q4_K_GEMV_ROWS 4  ///< rows of w per simdgroup, one vector x
 #define KVQ_Q4_K_FEW_ROWS 4   ///< rows of w per simdgroup, two to eight vectors x
 #define KVQ_Q4_K_FEW 8        ///< most vectors x of that kernel
 #define KVQ_Q4_K_TILE_M 32    ///< vectors x per threadgroup, more of them

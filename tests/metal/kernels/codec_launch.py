@@ -33,7 +33,9 @@ Packed = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 @functools.cache
 def structs() -> dict[str, np.dtype]:
     """The structs of params.h."""
-    kinds: dict[str, object] = {"int64_t": "i8", "int32_t": "i4", "float": "f4"}
+    kinds: dict[str, object] = {
+        "int64_t": "i8", "int32_t": "i4", "uint32_t": "u4", "float": "f4",
+    }  # fmt: skip
     text = (ROOT / "csrc" / "shared" / "params.h").read_text()
     for name, body in re.findall(r"struct (\w+) \{(.*?)\n\};", text, re.S):
         fields = []
@@ -72,12 +74,20 @@ def bytes_of(t: torch.Tensor | None) -> np.ndarray:
 
 
 def vectors_per_simdgroup(fmt: KVFormat, head_dim: int) -> int:
-    return 1 if fmt.family == "none" or head_dim > 256 else 256 // head_dim
+    lanes = -(-head_dim // 32) * 2
+    return 1 if fmt.family == "none" or lanes > 32 else 32 // lanes
 
 
-def steps_for(fmt: KVFormat, tokens: int, head_dim: int, rotated: bool) -> int:
+def steps_for(fmt: KVFormat, tokens: int, head_dim: int) -> int:
     many = tokens >= 32 * vectors_per_simdgroup(fmt, head_dim)
-    return 4 if many and fmt.family not in ("none", "turboquant") and not rotated else 1
+    return 4 if many and fmt.family != "none" else 1
+
+
+def row_floats(fmt: KVFormat, head_dim: int) -> int:
+    if fmt.family == "none":
+        return head_dim
+    blocks = vectors_per_simdgroup(fmt, head_dim) * -(-head_dim // 32)
+    return {"turboquant": 36 * blocks, "gguf": (34 * blocks + 3) // 4}.get(fmt.family, 0)
 
 
 def is_aligned(t: torch.Tensor | None, size: int) -> bool:
@@ -91,16 +101,22 @@ def is_aligned(t: torch.Tensor | None, size: int) -> bool:
 def is_wide(fmt, dense, codes, signs, mean) -> bool:  # type: ignore[no-untyped-def]
     if fmt.family == "none":
         return False
-    size = 2 if fmt.family == "gguf" else fmt.bits & -fmt.bits
-    return is_aligned(codes, size) and all(is_aligned(t, 16) for t in (dense, signs, mean))
+    blocks = 4 if dense.shape[3] % 64 == 0 else 2
+    size = blocks if fmt.family == "gguf" else 2 * fmt.bits & -(2 * fmt.bits)
+    return (
+        dense.shape[3] % 16 == 0
+        and is_aligned(codes, size)
+        and all(is_aligned(t, 16) for t in (dense, signs, mean))
+    )
 
 
-def shape_constants(prefix, fmt, dense, codes, signs, mean):  # type: ignore[no-untyped-def]
+def shape_constants(prefix, fmt, dense, packed, signs, mean):  # type: ignore[no-untyped-def]
     return {
         f"{prefix}rotate": signs is not None,
         f"{prefix}centre": mean is not None,
         f"{prefix}head_dim": dense.shape[3],
-        f"{prefix}wide": is_wide(fmt, dense, codes, signs, mean),
+        f"{prefix}wide": is_wide(fmt, dense, packed[0], signs, mean),
+        f"{prefix}scale_dtype": DTYPES[packed[1].dtype],
     }
 
 
@@ -112,8 +128,9 @@ def set_strides(params: np.ndarray, t: torch.Tensor) -> None:
 def run(
     lib: str,
     kernel: str,
-    vectors: int,
-    rows: int,
+    simdgroups: int,
+    heads: int,
+    batch: int,
     floats: int,
     buffers: Sequence[object],
     constants: dict[str, object],
@@ -125,16 +142,16 @@ def run(
     edits: tuple[tuple[str, str], ...] = (),
 ) -> None:
     """in_place: buffers are not copied behind guard pages."""
-    simdgroups = min(SIMDGROUPS, vectors)
+    together = min(SIMDGROUPS, simdgroups)
     if in_place:
         buffers = [emulator.InPlace(b) if b is not buffers[-1] else b for b in buffers]
     library(lib, mode, edits).launch(
         kernel,
-        (32, vectors, rows),
-        (32, simdgroups, 1),
+        (32 * simdgroups, heads, batch),
+        (32 * together, 1, 1),
         buffers,
         constants,
-        {0: -(-simdgroups * floats * 4 // 16) * 16},
+        {0: -(-together * max(floats, 1) * 4 // 16) * 16},
         grid_in_threads=True,
         seed=seed,
         guard_low=guard_low,
@@ -157,15 +174,15 @@ def _fill_side(
     side["encoder"] = encoder == "unbiased"
 
 
-def _write_params(sides, position, ring, rotated):  # type: ignore[no-untyped-def]
+def _write_params(sides, position, ring):  # type: ignore[no-untyped-def]
     params = np.zeros((), structs()["KvqWriteParams"])
     for i, (fmt, packed, x, encoder) in enumerate(sides):
         _fill_side(params["side"][i], fmt, packed, x, encoder)
     first = sides[0][2]
     params["batch"], params["tokens"], params["ring"] = first.shape[0], first.shape[2], ring
     params["heads"] = max(x.shape[1] for _, _, x, _ in sides)
-    params["steps"] = min(steps_for(f, x.shape[2], x.shape[3], rotated) for f, _, x, _ in sides)
-    params["row"] = max(vectors_per_simdgroup(f, x.shape[3]) * x.shape[3] for f, _, x, _ in sides)
+    params["steps"] = min(steps_for(f, x.shape[2], x.shape[3]) for f, _, x, _ in sides)
+    params["row"] = max(row_floats(f, x.shape[3]) for f, _, x, _ in sides)
     if isinstance(position, torch.Tensor):
         params["position_bytes"] = position.element_size()
         params["position_stride"] = position.stride(0) if position.dim() else 0
@@ -178,15 +195,16 @@ def quantize_into_(
     packed: Packed, x, position, fmt, *, signs=None, mean=None, encoder="default", ring=False,
     **options,
 ):  # type: ignore[no-untyped-def]  # fmt: skip
-    params, where = _write_params([(fmt, packed, x, encoder)], position, ring, signs is not None)
+    params, where = _write_params([(fmt, packed, x, encoder)], position, ring)
     run(
         LIBRARIES.get(fmt.family, "dense"),
         f"kvq_quantize_{NAMES[x.dtype]}_{tag(fmt)}",
         -(-x.shape[2] // (vectors_per_simdgroup(fmt, x.shape[3]) * int(params["steps"]))),
-        x.shape[0] * x.shape[1],
+        x.shape[1],
+        x.shape[0],
         int(params["row"]),
         [*map(bytes_of, (x, *packed)), where, bytes_of(signs), bytes_of(mean), params],
-        shape_constants("kvq_", fmt, x, packed[0], signs, mean),
+        shape_constants("kvq_", fmt, x, packed, signs, mean),
         **options,
     )
 
@@ -207,26 +225,26 @@ def append_(
     v_mean=None, k_encoder="default", v_encoder="default", ring=False, **options,
 ):  # type: ignore[no-untyped-def]  # fmt: skip
     sides = [(k_fmt, k_packed, k, k_encoder), (v_fmt, v_packed, v, v_encoder)]
-    rotated = k_signs is not None or v_signs is not None
-    params, where = _write_params(sides, position, ring, rotated)
+    params, where = _write_params(sides, position, ring)
     vectors = min(vectors_per_simdgroup(f, x.shape[3]) for f, _, x, _ in sides)
     constants = {}
-    for side, fmt, x, codes, signs, mean in (
-        ("k", k_fmt, k, k_packed[0], k_signs, k_mean),
-        ("v", v_fmt, v, v_packed[0], v_signs, v_mean),
+    for side, fmt, x, packed, signs, mean in (
+        ("k", k_fmt, k, k_packed, k_signs, k_mean),
+        ("v", v_fmt, v, v_packed, v_signs, v_mean),
     ):
         constants |= {
             f"kvq_{side}_family": family(fmt),
             f"kvq_{side}_bits": fmt.bits,
             f"kvq_{side}_group": fmt.group_size,
-            **shape_constants(f"kvq_{side}_", fmt, x, codes, signs, mean),
+            **shape_constants(f"kvq_{side}_", fmt, x, packed, signs, mean),
         }
     buffers = (k, *k_packed, k_signs, k_mean, v, *v_packed, v_signs, v_mean)
     run(
         "append",
         f"kvq_append_{NAMES[k.dtype]}",
         -(-k.shape[2] // (vectors * int(params["steps"]))),
-        2 * k.shape[0] * int(params["heads"]),
+        int(params["heads"]),
+        2 * k.shape[0],
         int(params["row"]),
         [*map(bytes_of, buffers), where, params],
         constants,
@@ -243,7 +261,7 @@ def dequantize(
     length = codes.shape[2] - start if length is None else length
     out = torch.full((*codes.shape[:2], length, head_dim), math.nan, dtype=dtype)
     vectors = vectors_per_simdgroup(fmt, head_dim)
-    steps = steps_for(fmt, length, head_dim, signs is not None)
+    steps = steps_for(fmt, length, head_dim)
     params = np.zeros((), structs()["KvqReadParams"])
     for name, t in zip(("codes", "scales", "biases"), packed, strict=True):
         set_strides(params[name], t)
@@ -258,10 +276,11 @@ def dequantize(
         LIBRARIES.get(fmt.family, "dense"),
         f"kvq_dequantize_{NAMES[dtype]}_{tag(fmt)}",
         -(-length // (vectors * steps)),
-        codes.shape[0] * codes.shape[1],
-        vectors * head_dim,
+        codes.shape[1],
+        codes.shape[0],
+        head_dim if fmt.family == "none" else 0,
         [*map(bytes_of, (*packed, signs, mean)), out, params],
-        shape_constants("kvq_", fmt, out, codes, signs, mean),
+        shape_constants("kvq_", fmt, out, packed, signs, mean),
         **options,
     )
     return out
@@ -276,6 +295,7 @@ def hadamard(x, signs=None, inverse=False, **options):  # type: ignore[no-untype
         "hadamard",
         f"kvq_hadamard_{NAMES[x.dtype]}",
         x.numel() // x.shape[-1],
+        1,
         1,
         x.shape[-1],
         [x, bytes_of(signs), out, params],
@@ -303,7 +323,8 @@ def mlx_native_dequantize(
         "mlx_native",
         "kvq_mlx_native_dequantize",
         codes.shape[2],
-        codes.shape[0] * codes.shape[1],
+        codes.shape[1],
+        codes.shape[0],
         head_dim,
         [*map(bytes_of, (codes, norms, codebook, signs)), out, params],
         {"kvq_signs": signs is not None, "kvq_rotate": rotate_back},

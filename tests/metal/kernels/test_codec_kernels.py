@@ -223,19 +223,29 @@ def test_mlx_native(bits: int, mode: str) -> None:
                 )  # fmt: skip
 
 
-@pytest.mark.parametrize("number", range(2))
-def test_barriers_are_needed(number: int) -> None:
-    """Sums of tq vectors go through threadgroup memory: without any one of the
+@pytest.mark.parametrize(
+    ("name", "spec", "number"),
+    [("turboquant", "tq4", i) for i in range(3)] + [("gguf", "q8_0", i) for i in range(2)],
+)
+def test_barriers_are_needed(name: str, spec: str, number: int) -> None:
+    """Sums of tq vectors and rows of blocks go through threadgroup memory: without any one of the
     barriers around them the race build must object. Nothing else needs one."""
-    source = toolchain.flatten(METAL / "turboquant.metal")
-    barriers = re.findall(r"(simdgroup_barrier\(.*\);.*\n)(.*\n)", source)
-    assert len(barriers) == source.count("_barrier") == 2
+    source = toolchain.flatten(METAL / f"{name}.metal")
+    barriers = [
+        (barrier, next_line)
+        for barrier, next_line in re.findall(r"( *simdgroup_barrier\(.*\);.*\n)(.*\n)", source)
+        if source.count(barrier + next_line) == 1
+    ]
+    assert len(barriers) == {"turboquant": 3, "gguf": 2}[name]
     assert "_barrier" not in toolchain.flatten(METAL / "affine.metal")
     barrier, next_line = barriers[number]
-    fmt, x = KVFormat("tq4"), normal(1, 1, 64, 128)
-    options = {"mode": "race", "signs": hadamard_signs(128), "encoder": "unbiased"}
+    x = normal(1, 1, 128, 128)
+    tq = {"signs": hadamard_signs(128), "encoder": "unbiased"}
+    options = {"mode": "race", **(tq if name == "turboquant" else {})}
     with pytest.raises(emulator.KernelFault, match=r"RACE inside a simdgroup|UNINITIALISED"):
-        codec_launch.quantize(x, fmt, edits=((barrier + next_line, next_line),), **options)
+        codec_launch.quantize(
+            x, KVFormat(spec), edits=((barrier + next_line, next_line),), **options
+        )
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from benchmarks.gpu import attention, build, catalogue, codecs, q4_k, structs
+from benchmarks.gpu import attention, bars, build, catalogue, codecs, q4_k, shares, structs
 from torch_kvq.formats import KVFormat
 
 from .. import emulator, requirements, toolchain
@@ -93,7 +93,7 @@ def test_every_kernel_of_the_metal_files_has_a_row():
             continue
         names = build.host_names(path.stem)
         units = list(catalogue.codec_units(path.stem, names))
-        assert names and all({row["kernel"] for row in unit.rows} == set(names) for unit in units)
+        assert names and {row["kernel"] for unit in units for row in unit.rows} == set(names)
         declared = {c.name for c in toolchain.kernels(build.source_of(units[0])).constants}
         assert all(set(unit.constants or {}) == declared for unit in units), path.stem
 
@@ -121,6 +121,57 @@ def test_build(tmp_path):
     assert len(rows) == 3 and all(0 < row["registers"] < 256 for row in rows)
     assert all(row["spilled"] == 0 and (tmp_path / row["cubin"]).stat().st_size for row in rows)
     assert build.build(units, tmp_path) == rows
+
+
+def test_codecs_are_built_for_every_head_size():
+    """Each format that holds D, in both directions."""
+    for library in ("affine", "fp8", "gguf", "turboquant"):
+        units = list(catalogue.codec_units(library, build.host_names(library)))
+        rows = [row for unit in units for row in unit.rows]
+        for head_dim in (128, *catalogue.CODEC_DIMS):
+            mine = {
+                (row["op"], row["format"])
+                for row in rows
+                if row["constants"]["kvq_head_dim"] == head_dim
+            }
+            formats = {str(row["format"]) for row in rows}
+            held = {f for f in formats if catalogue.holds(KVFormat.parse(f), head_dim)}
+            assert mine == {(op, f) for op in ("quantize", "dequantize") for f in held}, head_dim
+
+
+def test_shares_cover_every_kernel_once():
+    counted = [n for i in range(3) for n in range(10) if shares.is_in(n, (i, 3))]
+    assert sorted(counted) == list(range(10)) and all(
+        shares.is_in(n, shares.WHOLE) for n in counted
+    )
+
+
+MEMCHECK = """\
+========= COMPUTE-SANITIZER
+========= Invalid __global__ read of size 4 bytes
+=========     at kvq_append_half+0x1f0
+=========     by thread (3,0,0) in block (0,0,0)
+========= ERROR SUMMARY: 1 error
+"""
+RACECHECK = """\
+========= Error: Race reported between Write access at kvq_q4_k_matmul_half+0x100
+=========     and Read access at kvq_q4_k_matmul_half+0x200 [8 hazards]
+========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)
+"""
+
+
+def test_sanitizer_reports_name_kernels():
+    assert shares.problems(MEMCHECK) == {"kvq_append_half": 1}
+    assert set(shares.problems(RACECHECK)) == {"kvq_q4_k_matmul_half"}
+    assert shares.problems("========= ERROR SUMMARY: 0 errors") == {}
+    assert shares.problems("========= ERROR SUMMARY: 3 errors") == {"unknown": 3}
+
+
+def test_bars():
+    assert bars.verdict(0.61, 0.6) == "0.6" and bars.verdict(0.59, 0.6) == "0.6 MISSED"
+    assert bars.verdict(9.5, 9.0, at_most=True) == "9 MISSED" and bars.verdict(1.0, None) == "-"
+    row = {"format": "int8-g64", "heads_per_kv_head": 8, "queries": 1}
+    assert bars.attention(row) == 1.3 and bars.attention({**row, "queries": 4}) is None
 
 
 def test_ptx_honours_pragmas_and_constants():

@@ -15,7 +15,7 @@ from .. import emulator, toolchain
 from .codec_launch import METAL, NAMES, bytes_of, library, structs
 
 MODES = ("fast", "race", "asan")
-GEMV_ROWS, FEW_ROWS, FEW, TILE_M, TILE_N, TILE_THREADS = 2, 4, 8, 32, 64, 128
+GEMV_ROWS, FEW_ROWS, FEW, TILE_M, TILE_N, TILE_THREADS = 4, 4, 8, 32, 64, 128
 each_mode = pytest.mark.parametrize("mode", MODES)
 each_dtype = pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=dtype_id)
 
@@ -36,8 +36,8 @@ def launch_simdgroups(
     edits = options.pop("edits", ())
     library("q4_k", mode, edits).launch(  # type: ignore[arg-type]
         f"kvq_q4_k_{kernel}_{NAMES[dtype]}",
-        (32, count, 1),
-        (32, min(4, count), 1),
+        (32 * count, 1, 1),
+        (32 * min(4, count), 1, 1),
         buffers,
         constants,
         {},
@@ -67,6 +67,7 @@ def multiply(
     (m, k), n = x.shape, blocks.shape[0]
     params = np.zeros((), structs()["KvqQ4KParams"])
     params["row_stride"], params["columns"] = blocks.stride(0), k // 256
+    params["magic"] = 0x4B000000
     params["m"], params["n"] = m, n
     aligned = blocks.storage_offset() % 16 == 0 and blocks.stride(0) % 16 == 0
     constants = {"kvq_aligned": aligned, "kvq_vectors": m if m <= FEW else 0}
@@ -172,6 +173,7 @@ def test_offsets_beyond_2_31() -> None:
     far.copy_(blocks)
     params = np.zeros((), structs()["KvqQ4KParams"])
     params["row_stride"], params["columns"], params["m"], params["n"] = far.stride(0), 1, 1, 2
+    params["magic"] = 0x4B000000
     out = torch.full((1, 2), torch.nan)
     buffers = [bytes_of(x), emulator.InPlace(bytes_of(buffer)), bytes_of(out), params]
     constants = {"kvq_aligned": True, "kvq_vectors": 1}
