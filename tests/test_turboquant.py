@@ -262,3 +262,15 @@ def test_centred_and_own_signs(device: str) -> None:
     default = reference_quantize(x, KVFormat("tq3"))
     other: Packed = ops.quantize(on(device, x), "tq3", signs=on(device, signs))  # type: ignore[arg-type]
     assert not torch.equal(other.codes.cpu(), default.codes)
+
+
+@pytest.mark.parametrize("bits", codebooks.CELL_BITS)
+def test_cells_give_the_codes(bits: int) -> None:
+    """The Metal encoder's table: one boundary a cell at most, and the code above it."""
+    z = torch.linspace(-3.8, 3.8, 40001)
+    table = torch.from_numpy(codebooks.cells(bits).astype("int64"))
+    entry = table[(z / codebooks.CELL_WIDTH).round().long() % 32]
+    edge = (entry & ~15).to(torch.int32).view(torch.float32)
+    codes = (entry & 15) - (z <= edge).long()
+    clear = (z[:, None] - codebooks.boundaries(bits)).abs().amin(1) > 1e-5
+    assert torch.equal(codes[clear], torch.bucketize(z, codebooks.boundaries(bits))[clear])
