@@ -109,7 +109,9 @@ def test_misuse_is_refused_with_a_sentence(llama, device):
         (2, torch.float32, ValueError, r"\[kvq.append\] key must be \[1, 2, 1, 64\], got \[2, "),
         (1, torch.float64, TypeError, r"float32, float16 or bfloat16"),
     ):
-        token = torch.zeros(rows, 2, 1, 64, dtype=dtype, device="cpu").to(device)
+        if device == "mps" and dtype == torch.float64:
+            continue  # torch has none there
+        token = torch.zeros(rows, 2, 1, 64, dtype=dtype, device=device)
         with pytest.raises(error, match=message):
             cache.update(token, token, 0)
     token = torch.zeros(1, 2, 1, 64, device="meta")
