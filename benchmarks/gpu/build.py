@@ -8,13 +8,16 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from tests.metal import requirements, toolchain
+import torch
 
-from .catalogue import METAL, Unit, attention_units, codec_units
+from tests.metal import requirements, toolchain
+from torch_kvq.formats import FLOAT_DTYPES
+
+from .catalogue import DTYPE_NAMES, METAL, Unit, attention_units, codec_units
 
 MANIFEST = "manifest.json"
 #: Limits of registers, and the bytes that may spill under each. A kernel gets the first that holds:
@@ -28,14 +31,31 @@ CODECS = {"affine", "append", "fp8", "gguf", "turboquant"}
 TEMPLATES = {"attention_decode", "attention_matrix", "attention_prefill"}
 
 
-def all_units(pairs: list | None = None, **attention: object) -> Iterator[Unit]:
-    """Every kernel of metal/: those of the .metal files, and a wide choice of attention's."""
+def all_units(
+    pairs: list | None = None,
+    dtypes: Sequence[torch.dtype] = FLOAT_DTYPES,
+    other_dims: bool = True,
+) -> Iterator[Unit]:
+    """Every kernel of metal/: those of the .metal files, and a wide choice of attention's; or of
+    some pairs of formats, of some dtypes, of D = 128 only."""
+    formats = {str(f).removesuffix("-rot") for pair in pairs or () for f in pair}
+    names = {DTYPE_NAMES[dtype] for dtype in dtypes}
     for path in sorted(METAL.glob("*.metal")):
-        if path.stem not in TEMPLATES:
-            yield from codec_units(path.stem, host_names(path.stem), pairs)
-    if pairs is not None:
-        attention["pairs"] = pairs
-    yield from attention_units(**attention)  # type: ignore[arg-type]
+        if path.stem in TEMPLATES:
+            continue
+        for unit in codec_units(path.stem, host_names(path.stem), pairs):
+            if not other_dims and (unit.constants or {}).get("kvq_head_dim", 128) != 128:
+                continue
+            unit.rows = [
+                row
+                for row in unit.rows
+                if row["dtype"] in names
+                and (pairs is None or row.get("format", "q4_k") in formats | {"q4_k"})
+            ]
+            if unit.rows:
+                yield unit
+    chosen = {} if pairs is None else {"pairs": pairs}
+    yield from attention_units(**chosen, dtypes=dtypes, other_dims=other_dims)  # type: ignore[arg-type]
 
 
 def host_names(library: str) -> list[str]:
