@@ -137,8 +137,9 @@ struct Q4_0 : NoTable {
   static float peak_of(thread float* v, thread const Place& at) {
     const float low = group_min(lane_min(v), 32 / KVQ_WIDTH);
     const float high = group_max(lane_max(v), 32 / KVQ_WIDTH);
-    const bool is_plain = !may_be_special(v) && low >= -KVQ_LIMIT && high <= KVQ_LIMIT &&
-                          (low != -high || high == 0.0f);
+    // Of zeros, too, the first one's sign counts.
+    const bool is_plain =
+        !may_be_special(v) && low >= -KVQ_LIMIT && high <= KVQ_LIMIT && low != -high;
     if (!simd_any(!is_plain)) return high > -low ? high : low;
     const float largest = group_max(bounded_peak(v), 32 / KVQ_WIDTH);
     // The sign of the first value of that magnitude.
