@@ -133,8 +133,14 @@ def register_limits(unit: Unit) -> tuple[tuple[int, int], ...]:
 def assemble(unit: Unit, out: Path, arch: str) -> list[dict]:
     """Writes the unit's cubin, unless it is there, and returns its rows of the manifest."""
     kernels = " ".join(str(row["kernel"]) for row in unit.rows)
+    limits = register_limits(unit)
     name = toolchain._digest(
-        toolchain._toolchain_id(), source_of(unit), repr(unit.constants), kernels, arch
+        toolchain._toolchain_id(),
+        source_of(unit),
+        repr(unit.constants),
+        kernels,
+        arch,
+        repr(limits),
     )
     report = out / f"{name}.json"
     found: dict[str, dict] = json.loads(report.read_text()) if report.exists() else {}
@@ -144,7 +150,7 @@ def assemble(unit: Unit, out: Path, arch: str) -> list[dict]:
             source, target = Path(scratch) / "unit.ptx", Path(scratch) / "unit.cubin"
             source.write_text(ptx(unit, arch))
             missing = [str(row["kernel"]) for row in unit.rows]
-            for limit, most in (*register_limits(unit), (0, 0)):
+            for limit, most in (*limits, (0, 0)):
                 options = [f"--entry={','.join(missing)}"]
                 options += [f"--maxrregcount={limit}"] if limit else []
                 log = usage(_ptxas(unit, source, target, arch, *options))
