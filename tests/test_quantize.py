@@ -30,6 +30,7 @@ from tests.helpers import (
     input_views,
     normal,
     on,
+    raw,
     reference_dequantize,
     reference_quantize,
     signs_for,
@@ -140,6 +141,23 @@ def test_finite_and_infinite_values_decode_finite(
             keeps = option.name == "none" and not option.rotate
             assert torch.equal(decoded.isfinite(), x.isfinite() if keeps else decoded == decoded)
             assert decoded.isfinite().all() or keeps
+
+
+@pytest.mark.parametrize("scale_dtype", FLOAT_DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("name", ["int8", "int4-g32", "fp8_e4m3", "fp8_e5m2-g128", "tq4"])
+def test_nan_has_one_pattern_among_scales(name: str, scale_dtype: torch.dtype, device: str) -> None:
+    """That of ``torch.tensor(nan)``; torch's vectorised conversions to bfloat16 have another."""
+    fmt = KVFormat.parse(name)
+    x = normal(1, 2, 5, 128, seed=3)
+    x[0, 1, 1, 77] = torch.nan
+    for packed in (
+        ops.quantize(x.to(device), fmt, scale_dtype=scale_dtype),
+        reference_quantize(x, fmt, scale_dtype=scale_dtype),
+    ):
+        scales = packed.scales.cpu()
+        pattern = raw(torch.tensor(torch.nan, dtype=scale_dtype))
+        found = raw(scales[scales.isnan()]).unflatten(-1, (-1, len(pattern)))
+        assert len(found) == 1 and (found == pattern).all()
 
 
 @each_format

@@ -28,7 +28,9 @@ def round_scale(x: torch.Tensor, scale_dtype: torch.dtype) -> torch.Tensor:
     """Round to the stored dtype, saturating at float16's largest finite value; one NaN."""
     if scale_dtype == torch.float16:
         x = x.clamp(-F16_MAX, F16_MAX)
-    return torch.where(x.isnan(), torch.nan, x).to(scale_dtype)
+    # Converted on its own: torch's vectorised conversions to bfloat16 have another NaN.
+    nan = torch.tensor(math.nan, dtype=scale_dtype, device=x.device)
+    return torch.where(x.isnan(), nan, x.to(scale_dtype))
 
 
 def pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:
