@@ -153,7 +153,8 @@ class QuantizedKVCache(CacheState):
         tokens = key.shape[2]
         self._check_append(key, value, lengths)
         past = self.kv_length
-        if self.ring and self.max_length is not None and torch.compiler.is_compiling():
+        compiled_ring = self.ring and torch.compiler.is_compiling()
+        if compiled_ring and self.max_length is not None and isinstance(past, torch.Tensor):
             # No position: the op refuses it, so that no ring runs ahead of the model's full layers.
             past = torch.where(past + tokens > self.max_length, -1, past)
         # Only a chunk asks: reading the host's length would make a compiled step depend on it.
