@@ -498,7 +498,7 @@ template <typename T, typename KF, typename VF, uint D, uint DV, uint R, bool AL
   KVQ_UNROLL for (uint i = 0; i < per_thread; ++i) {
     rows[i * KVQ_ATTENTION_THREADS + thread_index] = sums[i];
   }
-  threadgroup_barrier(mem_flags::mem_threadgroup);
+  // Each thread goes on with its own; kvq_rotate begins with a barrier.
   kvq_write_rows<T, DV>(p, rows, row_m, row_l, R, first_row, batch, group, split, sinks, v_signs,
                         v_mean, out, lse, partial, thread_index);
 }
