@@ -150,6 +150,42 @@ def hostile(
     return x.to(dtype)
 
 
+def near_edges(fmt: KVFormat, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    """x [1, 1, T, 128] of an affine format: where codes change, one bit beside it, and next to 0.
+
+    Groups with ranges of every kind: around zero, symmetric (an edge lies at 0), with an edge near
+    it, above it, narrow ones far away from it, and tiny ones.
+    """
+    g = generator(seed)
+    levels = 2**fmt.bits - 1
+    low, step = torch.randn(256, generator=g), torch.rand(256, generator=g) + 0.5
+    step *= torch.exp2(torch.randint(-12, 8, (256,), generator=g).float())
+    low[:64] = (low[:64] - 0.5) * step[:64] * levels
+    low[64:128] = -step[64:128] * levels / 2
+    edges = torch.randint(levels, (64,), generator=g) + 0.5
+    low[128:192] = -step[128:192] * edges * (1 + torch.randn(64, generator=g) * 2.0**-9)
+    low[192:224] = step[192:224] * torch.exp2(torch.randint(-9, 2, (32,), generator=g).float())
+    low[224:] = step[224:] * levels * torch.exp2(torch.randint(0, 12, (32,), generator=g).float())
+    mantissa, exponent = torch.frexp(step[::2])
+    step[::2] = torch.ldexp((mantissa * 16).round() / 16, exponent)  # edges are numbers of dtype
+    step[240:] *= 2.0**-24 / step[240:].mean()  # scales are float16's least numbers
+    low[240:] = torch.randn(16, generator=g) * 8 * step[240:]
+    ends = torch.stack([low, low + levels * step], dim=-1).clamp(-6e4, 6e4).to(dtype)
+    filled = ends.repeat_interleave(fmt.group_size // 2, -1).view(1, 1, 256, -1)
+    packed = reference_quantize(filled, fmt)
+    bias, scale = (t.double().view(256, 1) for t in (packed.biases, packed.scales))
+    at = (bias + (torch.arange(levels) + 0.5) * scale).to(dtype)
+    small = (scale * torch.exp2(-torch.arange(4, 24).double())).to(dtype)
+    x = torch.cat([at, small, -small, torch.zeros_like(at[:, :1])], dim=-1)
+    bits = x.view(torch.int16 if x.itemsize == 2 else torch.int32)
+    x = torch.cat([bits - 1, bits, bits + 1], dim=-1).view(dtype).nan_to_num(0, 0, 0)
+    x = torch.minimum(torch.maximum(x, ends[:, :1]), ends[:, 1:])
+    chosen = torch.randint(x.shape[1], (256, 4 * fmt.group_size - 8), generator=g)
+    rows = x.gather(1, chosen).view(256, 4, -1)
+    rows = torch.cat([ends[:, None].expand(-1, 4, -1), rows], dim=-1)
+    return rows.reshape(1, 1, -1, 128)
+
+
 def signs_for(fmt: KVFormat, head_dim: int) -> torch.Tensor | None:
     """The default signs, where the format rotates."""
     return hadamard_signs(head_dim) if fmt.rotate else None

@@ -7,11 +7,13 @@ import torch
 
 from tests.helpers import (
     all_formats,
+    assert_packed,
     byte_cases,
     check_bytes,
     dtype_id,
     generator,
     hostile,
+    near_edges,
     normal,
     on,
     reference_quantize,
@@ -33,6 +35,14 @@ def test_bytes_equal_reference(
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=dtype_id)
 def test_scale_dtypes(dtype: torch.dtype, scale_dtype: torch.dtype, device: str) -> None:
     check_bytes(device, KVFormat("int8", 32), dtype, 96, 17, scale_dtype=scale_dtype)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("fmt", AFFINE, ids=dtype_id)
+def test_codes_beside_their_edges(fmt: KVFormat, dtype: torch.dtype, device: str) -> None:
+    """A value where the code changes takes the upper one; one bit below it, the lower one."""
+    x = near_edges(fmt, dtype)
+    assert_packed(ops.quantize(on(device, x), fmt), reference_quantize(x, fmt))
 
 
 @pytest.mark.parametrize("fmt", AFFINE, ids=dtype_id)

@@ -28,6 +28,7 @@ from tests.helpers import (
     holds,
     hostile,
     input_views,
+    near_edges,
     normal,
     on,
     raw,
@@ -473,6 +474,9 @@ def digest() -> str:
                         packed = ops.quantize(x, option, encoder=ENCODERS[option.family][-1])
                         for t in (*packed, ops.dequantize(packed, option, dtype=dtype)):
                             add(t)
+            if fmt.family == "affine":
+                for t in ops.quantize(near_edges(fmt, dtype), fmt):
+                    add(t)
     return found.hexdigest()
 
 

@@ -46,6 +46,11 @@ inline void load_values(const char* p, KvqDtype dtype, int64_t n, float* y) {
   load_values<KVQ_FLOAT32>(p, n, y);
 }
 
+/// Significant bits of its numbers.
+int precision_of(KvqDtype dtype) {
+  return dtype == KVQ_BFLOAT16 ? 8 : dtype == KVQ_FLOAT16 ? 11 : 24;
+}
+
 /// 4 KiB of x: with the next batch's, their floats and what is made of them they fit into a
 /// first-level cache.
 int64_t batch_rows(int64_t head_dim, KvqDtype dtype) {
@@ -94,6 +99,7 @@ void encode(const EncodeArgs& args, int64_t begin, int64_t end) {
   alignas(64) float values[kBatchValues + kBatchPadding];
   Batch batch;
   batch.y = values;
+  if (!args.signs && !args.mean) batch.precision = precision_of(args.x_dtype);
   batch.saturate = args.signs;
   batch.next_bytes = layout.head_dim * dtype_size(args.x_dtype);
   VectorIndex at(begin, args.heads, args.tokens);

@@ -27,6 +27,7 @@ constexpr int kBatchPadding = 64;
 struct Batch {
   float* y = nullptr;  ///< encoders may change it, and read kBatchPadding past the last
   int rows = 0;
+  int precision = 24;    ///< significant bits of y's numbers, at most
   bool saturate = true;  ///< format none: what is too large for float16 stays finite
   char* codes[kBatchRows];
   char* scales[kBatchRows];
