@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from torch_kvq import ops
+from torch_kvq import formats, ops
 from torch_kvq.cli import main, verify
 
 OPS = sorted({case.op for case in verify.cases(quick=True)})
@@ -25,6 +25,28 @@ def test_every_case_agrees(op, device, capsys):
         assert set(row) == {
             "op", "format", "dtype", "head_dim", "variant", "max_error", "ok", "message",
         }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_every_case_of_the_full_check_agrees(device, capsys):
+    code = main(["verify", "--device", device])
+    assert code == 0, capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("factor", [1 + 1e-4, 1.02])
+def test_an_error_above_the_dtypes_is_not_allowed(dtype, factor, device, monkeypatch):
+    fmt = formats.KVFormat("int8", 64)
+    right = torch.ops.kvq.attention
+
+    class Scaled:
+        attention = staticmethod(lambda *a, **k: tuple(x * factor for x in right(*a, **k)))
+
+    error, allowed = verify.check_attention(fmt, fmt, dtype, 128, 5, True, device)
+    assert error <= allowed
+    monkeypatch.setattr(torch.ops, "kvq", Scaled)
+    error, allowed = verify.check_attention(fmt, fmt, dtype, 128, 5, True, device)
+    assert (error > allowed) == (dtype == torch.float32 or factor > 1.01)
 
 
 def test_all_ops_and_formats_are_covered():

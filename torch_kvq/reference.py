@@ -403,14 +403,16 @@ def attention(
     window=0,
     causal=True,
     ring=False,
+    compute=torch.float64,
 ):
-    """Attention in float64 on the dequantised values; see ops.attention for the meaning."""
+    """Attention in float64, or dtype ``compute``, on the dequantised values; see ops.attention for
+    the meaning."""
     key = dequantize(
         k_codes, k_scales, k_biases, k_format, k_group_size, signs=k_signs, mean=k_mean
-    ).double()
+    ).to(compute)
     value = dequantize(
         v_codes, v_scales, v_biases, v_format, v_group_size, signs=v_signs, mean=v_mean
-    ).double()
+    ).to(compute)
     batch, heads, queries, head_dim = query.shape
     groups, capacity = key.shape[1], key.shape[2]
     positions, keep = visible(
@@ -430,7 +432,7 @@ def attention(
     unseen = ~keep.any(2).any(1)[:, None, :, None]
     key, value = key.masked_fill(unseen, 0), value.masked_fill(unseen, 0)
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
-    scores = query.double() @ key.transpose(-1, -2) * scale
+    scores = query.to(compute) @ key.transpose(-1, -2) * scale
     if softcap > 0:
         scores = softcap * torch.tanh(scores / softcap)
     if mask is not None:
@@ -443,14 +445,14 @@ def attention(
         if mask.dtype == torch.bool:
             keep = keep & chosen
         else:
-            scores = scores + chosen.double()
+            scores = scores + chosen.to(compute)
     scores = scores.masked_fill(~keep, -math.inf)
     if sinks is not None:
-        sink = sinks.double().view(1, -1, 1, 1).expand(batch, heads, queries, 1)
+        sink = sinks.to(compute).view(1, -1, 1, 1).expand(batch, heads, queries, 1)
         scores = torch.cat([scores, sink], -1)
         value = torch.nn.functional.pad(value, (0, 0, 0, 1))
     lse = scores.logsumexp(-1)
-    weights = (scores - lse.unsqueeze(-1)).exp().nan_to_num(0)
+    weights = scores.softmax(-1).nan_to_num(0)
     weights = torch.where(lse.isnan().unsqueeze(-1), torch.nan, weights)
     return (weights @ value).to(query.dtype), lse.float()
 
