@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,7 +14,7 @@ from torch_kvq.codebooks import SIGNS_SEED, hadamard_signs
 from torch_kvq.formats import FLOAT_DTYPES, KVFormat, default_scale_dtype
 from torch_kvq.memory import zeros
 from torch_kvq.ops import Packed
-from torch_kvq.storage import grow
+from torch_kvq.storage import compact, grow
 
 _PACKED = tuple(f"{side}_{name}" for side in "kv" for name in Packed._fields)
 
@@ -134,11 +135,25 @@ class CacheState(nn.Module):
     def _apply(self, fn: Callable, recurse: bool = True) -> CacheState:
         """Move with .to() and friends, but keep every dtype: .half() must not damage scales."""
 
+        # share_memory() moves whole storages.
+        probe = fn(torch.empty(0, device="cpu")) if self.device.type == "cpu" else None
+        shares = probe is not None and probe.device.type == "cpu" and probe.is_shared()
+
         def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:
-            moved = fn(tensor)
+            moved = fn(compact(tensor) if shares else tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         return super()._apply(keep_dtype, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickles and deep copies: the slots, not what is reserved behind them."""
+        buffers = {n: b if b is None else compact(b) for n, b in self._buffers.items()}
+        return {**self.__dict__, "_buffers": buffers}
+
+    def __copy__(self) -> CacheState:
+        made = self.__class__.__new__(self.__class__)
+        made.__dict__.update(self.__dict__)
+        return made
 
     # -- state ------------------------------------------------------------------------------
 
@@ -201,13 +216,14 @@ class CacheState(nn.Module):
     def nbytes(self) -> int:
         """Bytes of every buffer: packed rows, full-precision windows, means, lengths, signs.
 
-        The signs that all growing caches share are not counted.
+        Not counted are the signs that all growing caches share, and the address space that a long
+        growing cache on the CPU reserves to grow in, which takes no memory.
         """
         shared = {
             id(ops.default_signs(size, self.device)) for _, fmt, size in self._sides() if fmt.rotate
         }
         own = [b for b in self.buffers() if id(b) not in shared]
-        return sum(b.untyped_storage().nbytes() for b in own)
+        return sum(b.nbytes for b in own)
 
     def reserve(self, tokens: int) -> None:
         """Grow the storage so that ``tokens`` more fit (a ring: up to its size)."""
@@ -218,15 +234,16 @@ class CacheState(nn.Module):
             wanted = min(wanted, self.limit)
         if wanted <= self.capacity:
             return
-        # An eighth more than needed keeps the copying linear in the final length; a short cache
-        # takes a block more, or as many tokens as a dense one of this length has room for.
+        # An eighth more than needed keeps the copying, where there is any, linear in the final
+        # length; a short cache takes a block more, or as many tokens as a dense one of this length
+        # has room for.
         dense, packed, others = self._head_bytes
         spare = min(self.block_size, (wanted * dense - others) // packed - wanted)
         capacity = wanted + max(wanted // 8, spare)
         if self.limit is not None:
             capacity = min(capacity, self.limit)
         old = [*self.keys, *self.values]
-        for name, grown in zip(_PACKED, grow(old, capacity), strict=True):
+        for name, grown in zip(_PACKED, grow(old, capacity, self.limit), strict=True):
             setattr(self, name, grown)
 
     def _advance(self, tokens: int, lengths: torch.Tensor | None) -> None:

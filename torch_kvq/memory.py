@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 import mmap
 from collections.abc import Sequence
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
 
 import torch
 
@@ -24,13 +27,37 @@ def zeros(
     out of malloc's heap, where they would lie between a forward pass's intermediates and keep their
     holes resident. Each has a storage of its own.
     """
+    total = sum(math.prod(shape) * dtype.itemsize for shape, dtype in specs)
+    if total < MAPPED_BYTES or not maps(device):
+        return [torch.zeros(*shape, dtype=dtype, device=device) for shape, dtype in specs]
+    return _mapped(specs)
+
+
+def reserved(*specs: tuple[Sequence[int], torch.dtype]) -> list[torch.Tensor] | None:
+    """The same on the CPU for storage of which most may never be used; None where it costs.
+
+    It is nothing but address space until it is written to, unless the system counts what it has
+    promised (Linux with vm.overcommit_memory = 2) or limits a process's addresses (RLIMIT_AS).
+    """
+    if not _addresses_are_free():
+        return None
+    try:
+        return _mapped(specs, sparse=True)
+    except (OSError, OverflowError):
+        return None
+
+
+def _mapped(
+    specs: Sequence[tuple[Sequence[int], torch.dtype]], sparse: bool = False
+) -> list[torch.Tensor]:
     offsets, total = [], 0
     for shape, dtype in specs:
         offsets.append(total)
         total += -(-math.prod(shape) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
-    if total < MAPPED_BYTES or not _may_map(device):
-        return [torch.zeros(*shape, dtype=dtype, device=device) for shape, dtype in specs]
     pages = mmap.mmap(-1, total, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if sparse and hasattr(mmap, "MADV_NOHUGEPAGE"):
+        with suppress(OSError):  # a kernel without huge pages
+            pages.madvise(mmap.MADV_NOHUGEPAGE)  # the first token of each head would take 2 MiB
     made = []
     for (shape, dtype), offset in zip(specs, offsets, strict=True):
         if count := math.prod(shape):
@@ -41,8 +68,25 @@ def zeros(
     return made
 
 
-def _may_map(device: torch.device | str | None) -> bool:
-    """Not while something traces, nor for another device, the default one included."""
+@cache
+def _addresses_are_free() -> bool:
+    try:
+        import resource
+
+        if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
+            return False
+        return Path("/proc/sys/vm/overcommit_memory").read_text().strip() != "2"
+    except (ImportError, AttributeError):
+        return False
+    except OSError:  # not Linux
+        return True
+
+
+def maps(device: torch.device | str | None) -> bool:
+    """Whether storage for this device comes from mappings.
+
+    Not while something traces, nor for another device, the default one included.
+    """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return False
     where = torch.get_default_device() if device is None else torch.device(device)

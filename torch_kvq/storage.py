@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from torch_kvq.memory import zeros
+from torch_kvq.memory import maps, reserved, zeros
 from torch_kvq.ops import Packed
+
+#: Pages of a head's packed tokens from which on there is a reserve: to begin each of six buffers on
+#: a page of its own wastes 3 of them, a sixteenth.
+_RESERVING_PAGES = 48
+#: A reserve holds so many tokens at least, or eight times as many as are there.
+_RESERVED_TOKENS = 1 << 17
 
 
 @dataclass
@@ -49,13 +56,72 @@ def nbytes(*values: object) -> int:
     return sum(found.values())
 
 
-def grow(buffers: Sequence[torch.Tensor], capacity: int) -> list[torch.Tensor]:
-    """Copies of buffers [B, G, S, row] with room for ``capacity`` tokens."""
-    specs = [((*old.shape[:2], capacity, old.shape[3]), old.dtype) for old in buffers]
-    made = zeros(*specs, device=buffers[0].device)
+def grow(
+    buffers: Sequence[torch.Tensor], capacity: int, limit: int | None = None
+) -> list[torch.Tensor]:
+    """Buffers [B, G, S, row] with room for ``capacity`` tokens, of ``limit`` at most ever.
+
+    In the CPU's memory a long cache's heads lie further apart than their tokens need, in pages that
+    are not resident before something is written to them: growing sees more of the same storage.
+    Where there is no such room, or not enough, they are copies.
+    """
+    device = buffers[0].device
+    mapped = maps(device)
+    if mapped and all(capacity <= room(old) for old in buffers):
+        return [_with_tokens(old, capacity) for old in buffers]
+    shapes = [((*old.shape[:2], capacity, old.shape[3]), old.dtype) for old in buffers]
+    made = _with_reserve(shapes, capacity, limit) if mapped else None
+    made = made or zeros(*shapes, device=device)
     for old, grown in zip(buffers, made, strict=True):
         grown[:, :, : old.shape[2]] = old
     return made
+
+
+def room(buffer: torch.Tensor) -> int:
+    """How many tokens the storage of a buffer [B, G, S, row] has room for, S or more."""
+    batch, heads, slots, row = buffer.shape
+    if row == 0:  # of biases that a format does not have
+        return 1 << 62
+    vectors = batch * heads
+    if vectors == 0 or slots == 0:
+        return slots
+    found = buffer.untyped_storage().nbytes() // (vectors * row * buffer.itemsize)
+    return found if buffer.stride()[:2] == (heads * found * row, found * row) else slots
+
+
+def compact(buffer: torch.Tensor) -> torch.Tensor:
+    """The buffer, or a copy if its storage has room for more than its tokens."""
+    if buffer.dim() < 4 or buffer.shape[3] == 0 or room(buffer) == buffer.shape[2]:
+        return buffer
+    return buffer.clone(memory_format=torch.contiguous_format)
+
+
+def _with_tokens(buffer: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Another tensor of the same storage: no view, which would hold on to the shorter one."""
+    shape = *buffer.shape[:2], tokens, buffer.shape[3]
+    if buffer.shape[3] == 0:
+        return buffer.new_empty(shape)
+    return buffer.new_empty(0).set_(buffer.untyped_storage(), 0, shape, buffer.stride())
+
+
+def _with_reserve(
+    shapes: Sequence[tuple[Sequence[int], torch.dtype]], capacity: int, limit: int | None
+) -> list[torch.Tensor] | None:
+    """Zero buffers of these shapes whose storage has room for many more tokens."""
+    of_token = sum(shape[3] * dtype.itemsize for shape, dtype in shapes)
+    if capacity * of_token < _RESERVING_PAGES * mmap.PAGESIZE or 0 in shapes[0][0][:2]:
+        return None
+    tokens = limit or max(8 * capacity, _RESERVED_TOKENS)
+    while limit or tokens >= 2 * capacity:
+        # Scales of a head begin a cache line; heads do not all begin in the same sets of the cache.
+        tokens = limit or (tokens // 32 | 1) * 32
+        made = reserved(*(((*s[:2], tokens, s[3]), dtype) for s, dtype in shapes))
+        if made is not None:
+            return [_with_tokens(x, capacity) for x in made]
+        if limit:
+            return None
+        tokens //= 4
+    return None
 
 
 def after_slots(cached: Packed, slots: torch.Tensor, new: Packed) -> Packed:
