@@ -77,7 +77,8 @@ def codec() -> list[Row]:
 
 def steps() -> list[Row]:
     """Steps of a cache that grows by itself."""
-    rows: list[Row] = [{"op": "linear", "peer": "line", "format": f} for f in ("int4-g64", "int8")]
+    line = {"op": "linear", "peer": "line", "tokens": LENGTHS[-1]}
+    rows: list[Row] = [{**line, "format": f} for f in ("int4-g64", "int8")]
     rows += [{"op": "step", "peer": "torch-cat", "tokens": t} for t in (1024, 4096, 16384, 65536)]
     return rows
 

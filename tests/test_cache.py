@@ -96,6 +96,27 @@ def test_decode_matches_the_dequantised_values(kind, device):
         torch.testing.assert_close(out, expected, rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("kind", ["growing", "static_ring", "windows"])
+@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.bfloat16])
+def test_keys_and_values_of_other_dtypes(cache_dtype, kind, device):
+    """They are quantised as they are, in the cache's scales; attention's dtype is the query's."""
+    key, value = tokens(9), tokens(9, 1).bfloat16()
+    cache = make(device, dtype=cache_dtype, **KINDS[kind])
+    for start, end in ((0, 6), (6, 8), (8, 9)):
+        view = append(cache, key[:, :, start:end], value[:, :, start:end])
+        query = tokens(end - start, 2, heads=H).to(cache_dtype)
+        assert cache.attend(query.to(device), view).dtype == cache_dtype
+    scales = cache.scale_dtype
+    packed = (
+        ops.quantize(key, "int8", scale_dtype=scales),
+        ops.quantize(value, "int4-rot", scale_dtype=scales),
+    )
+    slots = torch.arange(9) % cache.capacity
+    for side, expected in zip((cache.keys, cache.values), packed, strict=True):
+        for held, wanted in zip(side, expected, strict=True):
+            assert torch.equal(held.cpu()[:, :, slots], wanted)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_prefill_attends_to_the_exact_tokens(kind, device):
     cache = make(device, **KINDS[kind])

@@ -46,7 +46,8 @@ class QuantizedKVCache(CacheState):
         sink_tokens, recent_tokens: the first and the last tokens that attention reads in full
             precision (they are also packed, so leaving the window costs nothing).
         rollback_tokens: how far ``crop`` may go back in a ring or a recent window.
-        dtype: dtype of the keys and values.
+        dtype: of what is kept or given unquantised: format none, exact windows,
+            :meth:`dequantized`; and it chooses the scales. Appended keys and values may have any.
         scale_dtype: dtype of scales; float16 for half and bfloat16, float32 for float32.
         k_mean, v_mean: float32 [G, D] and [G, Dv], subtracted before quantising.
         k_encoder, v_encoder: see :func:`torch_kvq.ops.quantize`; "auto" is "unbiased" for tq keys.
@@ -138,8 +139,10 @@ class QuantizedKVCache(CacheState):
         """Append L tokens to every row.
 
         Args:
-            key: [B, G, L, D].
-            value: [B, G, L, Dv].
+            key: [B, G, L, D], float32, float16 or bfloat16, whatever the cache's dtype: it is
+                quantised as it is, without being rounded to that first. (Under autocast a layer's
+                keys are float32 and its values bfloat16.)
+            value: [B, G, L, Dv], likewise.
             lengths: int64 [B], how many of the L tokens are real in each row (right padding);
                 needs a static capacity. The rest is overwritten by the next append.
 
