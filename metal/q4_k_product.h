@@ -32,7 +32,7 @@ inline uint4 load_sixteen(const device uchar* p) {
                uint(h[4]) | (uint(h[5]) << 16), uint(h[6]) | (uint(h[7]) << 16));
 }
 
-/// Nibble K of the low 16 bits of `pair`, times 16^K: put into the mantissa of 2^23, `magic`.
+/// Nibble K of the low 20 bits of `pair`, times 16^K: put into the mantissa of 2^23, `magic`.
 template <int K>
 inline float nibble(uint pair, uint magic) {
   return as_type<float>((pair & (15u << (4 * K))) | magic) - 8388608.0f;
@@ -66,23 +66,26 @@ template <typename T>
   const bool later = chunk >= 2;
   const int lower = 16 * (chunk & 1), upper = later ? lower + 2 : lower;
   const uint low_mask = later ? 0x3030u : 0x3f3fu, high_mask = later ? 0x0f0fu : 0u;
-  const device uchar* row[rows];
+  const int block = int(lane) / 8, offset = 16 + 32 * chunk + 16 * half_chunk;
+  const device uchar* codes[rows];  // the lane's, of the next block
   float total[rows];
   KVQ_UNROLL for (int r = 0; r < rows; ++r) {
-    row[r] = blocks + min(first + r, params.n - 1) * params.row_stride;
+    codes[r] = blocks + (min(first + r, params.n - 1) * params.row_stride +
+                         int64_t(block * KVQ_Q4_K_BYTES + offset));
     total[r] = 0.0f;
   }
-  for (int b = int(lane) / 8; b < params.columns; b += 4) {
+  const device T* values = x + (block * KVQ_Q4_K_SIZE + 64 * chunk + 16 * half_chunk);
+  for (int b = block; b < params.columns; b += 4) {
     uint4 heads[rows], words[rows];
     KVQ_UNROLL for (int r = 0; r < rows; ++r) {
-      const device uchar* block = row[r] + int64_t(b) * KVQ_Q4_K_BYTES;
-      heads[r] = load_sixteen(block);
-      words[r] = load_sixteen(block + 16 + 32 * chunk + 16 * half_chunk);
+      heads[r] = load_sixteen(codes[r] - offset);
+      words[r] = load_sixteen(codes[r]);
+      codes[r] += 4 * KVQ_Q4_K_BYTES;
     }
-    const device T* values = x + b * KVQ_Q4_K_SIZE + 64 * chunk + 16 * half_chunk;
     float low[16], high[16];
     load_values(values, low);
     load_values(values + 32, high);
+    values += 4 * KVQ_Q4_K_SIZE;
     float low_sum = 0.0f, high_sum = 0.0f;
     KVQ_UNROLL for (int i = 0; i < 16; ++i) {
       low_sum += low[i];
@@ -90,14 +93,22 @@ template <typename T>
     }
     high_sum *= 1.0f / 256.0f;
     KVQ_UNROLL for (int r = 0; r < rows; ++r) {
-      float dots[4] = {0.0f, 0.0f, 0.0f, 0.0f};  // of the nibbles in each place
-      KVQ_UNROLL for (int i = 0; i < 8; ++i) {
-        const uint pair = i % 2 == 0 ? words[r][i / 2] : words[r][i / 2] >> 16;
-        dots[0] = fma(nibble<0>(pair, magic), low[2 * i], dots[0]);
-        dots[1] = fma(nibble<1>(pair, magic), high[2 * i], dots[1]);
-        dots[2] = fma(nibble<2>(pair, magic), low[2 * i + 1], dots[2]);
-        dots[3] = fma(nibble<3>(pair, magic), high[2 * i + 1], dots[3]);
+      // Of the nibbles in each place: of a word's first four, and of the others, whose shift by 12
+      // leaves them 16 times as large, but leaves none at bit 0, where it would become an
+      // extraction of its own.
+      float dots[4] = {0.0f, 0.0f, 0.0f, 0.0f}, later_dots[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+      KVQ_UNROLL for (int i = 0; i < 4; ++i) {
+        const uint word = words[r][i], rest = word >> 12;
+        dots[0] = fma(nibble<0>(word, magic), low[4 * i], dots[0]);
+        dots[1] = fma(nibble<1>(word, magic), high[4 * i], dots[1]);
+        dots[2] = fma(nibble<2>(word, magic), low[4 * i + 1], dots[2]);
+        dots[3] = fma(nibble<3>(word, magic), high[4 * i + 1], dots[3]);
+        later_dots[0] = fma(nibble<1>(rest, magic), low[4 * i + 2], later_dots[0]);
+        later_dots[1] = fma(nibble<2>(rest, magic), high[4 * i + 2], later_dots[1]);
+        later_dots[2] = fma(nibble<3>(rest, magic), low[4 * i + 3], later_dots[2]);
+        later_dots[3] = fma(nibble<4>(rest, magic), high[4 * i + 3], later_dots[3]);
       }
+      KVQ_UNROLL for (int i = 0; i < 4; ++i) dots[i] = fma(later_dots[i], 1.0f / 16.0f, dots[i]);
       const float low_dot = fma(dots[2], 1.0f / 256.0f, dots[0]);
       // Over 16, a nibble's place, and 256, that of the second scale.
       const float high_dot = fma(dots[3], 1.0f / 1048576.0f, dots[1] * (1.0f / 4096.0f));
