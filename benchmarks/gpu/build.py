@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -28,7 +29,10 @@ MATRIX_REGISTERS = ((160, 4), (168, 32))
 CODEC_REGISTERS = ((64, 0), (72, 0), (80, 0), (96, 0))
 #: Left alone, ptxas moves the vector product's loads to their uses to save registers.
 Q4_K_REGISTERS = ((128, 0),)
-CODECS = {"affine", "append", "fp8", "gguf", "turboquant"}
+CODECS = {"affine", "append", "dense", "fp8", "gguf", "hadamard", "turboquant"}
+#: For all but attention: LLVM takes vector loads whose elements are used one by one apart, which
+#: ptxas cannot join again and Apple's GPUs would load whole.
+WHOLE_LOADS = ("-mllvm", "-disable-vector-combine")
 #: Libraries whose kernels the host instantiates on demand.
 TEMPLATES = {"attention_decode", "attention_matrix", "attention_prefill"}
 
@@ -74,9 +78,14 @@ def source_of(unit: Unit) -> str:
 def ptx(unit: Unit, arch: str) -> str:
     """A unit's PTX."""
     only = "|".join(re.escape(str(row["kernel"])) for row in unit.rows)
-    return toolchain.compile_ptx(
-        source_of(unit), arch, only=f"^({only})$", constants=unit.constants, line_tables=False
-    )
+    with mock.patch.object(toolchain, "_PTX_FLAGS", [*toolchain._PTX_FLAGS, *extra_flags(unit)]):
+        return toolchain.compile_ptx(
+            source_of(unit), arch, only=f"^({only})$", constants=unit.constants, line_tables=False
+        )
+
+
+def extra_flags(unit: Unit) -> tuple[str, ...]:
+    return () if unit.library.startswith("attention") else WHOLE_LOADS
 
 
 def usage(report: str) -> dict[str, dict[str, int]]:
@@ -140,7 +149,7 @@ def assemble(unit: Unit, out: Path, arch: str) -> list[dict]:
         repr(unit.constants),
         kernels,
         arch,
-        repr(limits),
+        repr((limits, extra_flags(unit))),
     )
     report = out / f"{name}.json"
     found: dict[str, dict] = json.loads(report.read_text()) if report.exists() else {}
