@@ -9,6 +9,8 @@
 #define KVQ_TQ_STRIDE 36
 
 struct TurboQuant {
+  using Row = Packed;
+
   /// A cell (torch_kvq/codebooks.py); of few bits only.
   static uint encoder_entry(uint lane, int bits) {
     return bits == 2   ? kvq_cells_2[lane]
@@ -83,12 +85,13 @@ struct TurboQuant {
 
   /// Puts the lanes' values where sum_row reads them, zeros of vectors that are not there, too.
   static void put(threadgroup float* rows, thread const Place& at, thread const float* x) {
+    // Blocks of a simdgroup's vectors lie one after the other, two lanes each.
+    threadgroup float* mine = rows + int(at.lane / 2u) * KVQ_TQ_STRIDE + (at.odd ? 8 : 0);
     KVQ_UNROLL for (int pass = 0; pass < KVQ_PASSES; ++pass) {
       KVQ_UNROLL for (int eight = 0; eight < KVQ_WIDTH; eight += 8) {
-        const int first = at.element(pass, eight);
-        if (at.vector >= vectors_per_simdgroup(at.dim) || first >= at.dim) continue;
-        threadgroup float* to =
-            rows + at.vector * row_floats(at.dim) + first / 32 * KVQ_TQ_STRIDE + first % 32;
+        if (KVQ_SPAN * pass >= at.dim) continue;
+        if (!at.exists || (!at.is_filled() && at.element(pass, eight) >= at.dim)) continue;
+        threadgroup float* to = mine + KVQ_SPAN / 32 * KVQ_TQ_STRIDE * pass + 2 * eight;
         KVQ_UNROLL for (int i = 0; i < 8; i += 4) {
           thread const float* v = x + KVQ_WIDTH * pass + eight + i;
           *reinterpret_cast<threadgroup float4*>(to + i) = float4(v[0], v[1], v[2], v[3]);
@@ -98,50 +101,40 @@ struct TurboQuant {
     simdgroup_barrier(mem_flags::mem_threadgroup);
   }
 
-  /// How many boundaries lie below z. They are symmetric, so the magnitude is searched among the
-  /// positive ones: as integers, in which one equal to a negative z's counts, too. Up to 6 bits the
-  /// lanes hold them, `mine` of each, else memory.
+  /// How many boundaries lie below z. They are symmetric: the magnitude is compared with one of the
+  /// two positive ones around it, as integers, in which one equal to a negative z's counts, too. Up
+  /// to 6 bits the lanes hold them, `mine` of each, else memory.
   static uint code_of(float z, uint mine, constant float* edges, int bits) {
-    const uint half_of = 1u << (bits - 1);
+    const uint half_of = 1u << (bits - 1), most = 2u * half_of - 1u;
+    constant float* rank = kvq_rank(bits);
+    const float x = min(fabs(z), edges[most - 1u]);
+    float index = fma(rank[2], x, rank[1]);
+    if (bits == 8) index = fma(fma(fma(rank[4], x, rank[3]), x, rank[2]), x, rank[1]);
+    const uint nearest = as_type<uint>(fma(index, x, rank[0] + KVQ_MAGIC)) & (half_of - 1u);
+    const uint edge = bits <= 6 ? simd_shuffle(mine, ushort(nearest))
+                                : as_type<uint>(edges[half_of - 1u + nearest]);
     const bool above = z > 0.0f;
     const uint magnitude = (as_type<uint>(z) & 0x7fffffffu) + (above ? 0u : 1u);
-    uint below = 0u;
-    KVQ_UNROLL for (int i = 2; i <= 8; ++i) {
-      if (i > bits) continue;
-      const uint step = half_of >> (i - 1), next = below + step;
-      const uint edge =
-          bits <= 6 ? simd_shuffle(mine, ushort(next)) : as_type<uint>(edges[half_of - 1u + next]);
-      below = edge < magnitude ? next : below;
-    }
-    return above ? half_of + below : half_of - 1u - below;
+    const uint code = half_of + nearest - (edge < magnitude ? 0u : 1u);
+    return above ? code : most - code;
   }
 
   static void encode_any(thread const float* x, thread const Place& at, int bits, float divisor,
-                         bool has_nan, thread uint* codes) {
+                         int scale_dtype, thread uint* codes) {
     constant float* edges = kvq_boundaries(bits);
     const uint half_of = 1u << (bits - 1);
     const uint mine =
         bits <= 6 ? as_type<uint>(edges[half_of - 1u + (at.lane & (half_of - 1u))]) : 0u;
-    const float inverse = 1.0f / divisor;
-    const bool is_short = is_short_divisor(divisor);
-    float z[KVQ_WIDTH];
-    if (is_plain_divisor(divisor)) {
-      KVQ_UNROLL for (int i = 0; i < KVQ_WIDTH; ++i) {
-        z[i] = quotient(x[i], divisor, inverse, is_short);
-      }
-    } else {
-      KVQ_UNROLL for (int i = 0; i < KVQ_WIDTH; ++i) z[i] = x[i] / divisor;
-    }
+    const Divisor by = divisor_of(divisor, scale_dtype, 9.765625e-4f);  // norms are below 2^62
     KVQ_UNROLL for (int i = 0; i < KVQ_WIDTH; ++i) {
-      const uint code = code_of(z[i], mine, edges, bits);
-      codes[i] = has_nan ? 0u : code;
+      codes[i] = code_of(by.divide(x[i]), mine, edges, bits);
     }
   }
 
   /// Codes of few bits by the table of cells. Where a value is so near a boundary that roundings
   /// decide, or is NaN, the simdgroup starts over.
   static void encode_pass(thread const float* x, thread const Place& at, int bits, float divisor,
-                          bool has_nan, thread uint* codes) {
+                          int scale_dtype, thread uint* codes) {
     bool is_plain = bits <= 4 && is_plain_divisor(divisor);
     if (bits <= 4) {
       const float inverse = 1.0f / divisor;
@@ -154,7 +147,7 @@ struct TurboQuant {
         codes[i] = (edge & 15u) - (as_type<uint>(above) >> 31);
       }
     }
-    if (simd_any(!is_plain)) encode_any(x, at, bits, divisor, has_nan, codes);
+    if (simd_any(!is_plain)) encode_any(x, at, bits, divisor, scale_dtype, codes);
   }
 
   static void encode(thread float* x, thread const Place& at, thread const Target& out, int bits,
@@ -170,9 +163,10 @@ struct TurboQuant {
       if (KVQ_SPAN * pass >= at.dim) continue;
       thread float* v = x + KVQ_WIDTH * pass;
       uint codes[KVQ_WIDTH];
-      encode_pass(v, at, bits, divisor, has_nan, codes);
+      encode_pass(v, at, bits, divisor, out.scale_dtype, codes);
       Pieces pieces;
       KVQ_UNROLL for (int i = 0; i < 2; ++i) pieces.piece[i] = pack8(codes + 8 * i, bits);
+      if (has_nan) pieces = no_pieces();
       pieces = exchanged(pieces, at, bits);
       if (at.packs(pass)) {
         const int first = at.sixteen(pass);

@@ -80,6 +80,21 @@ def test_codes_on_and_beside_every_boundary(bits: int, device: str) -> None:
 
 
 @pytest.mark.parametrize("bits", codebooks.BITS)
+def test_ranks_find_a_neighbouring_boundary(bits: int) -> None:
+    """In float32, as the Metal encoder evaluates them, everywhere and beside every boundary."""
+    edges = codebooks.boundaries(bits)[2 ** (bits - 1) - 1 :]  # from 0 on
+    above = edges.nextafter(torch.tensor(torch.inf))
+    x = torch.cat([torch.linspace(0, 1.5 * float(edges[-1]) + 1, 1 << 18), edges, above])
+    below = torch.bucketize(x, edges)  # boundaries below x: those around it are below - 1 and below
+    bounded, rank = x.minimum(edges[-1]), torch.zeros_like(x)
+    for coefficient in reversed(codebooks.RANKS[bits]):
+        rank = rank * bounded + coefficient
+    nearest = rank.round().int()
+    assert nearest.ge(0).all() and nearest.lt(len(edges)).all()
+    assert ((nearest == below) | (nearest == below - 1)).all()
+
+
+@pytest.mark.parametrize("bits", codebooks.BITS)
 def test_distortion_is_optimal(bits: int) -> None:
     """The committed table, as the kernels read it, has the distortion of the facts."""
     optimum, inner, outer = OPTIMUM[bits]

@@ -45,3 +45,21 @@ static inline KVQ_TABLE float* kvq_boundaries(int bits) {
       return kvq_boundaries_8;
   }
 }
+
+/// The polynomial that finds a value's boundaries (codebooks.RANKS).
+static inline KVQ_TABLE float* kvq_rank(int bits) {
+  switch (bits) {
+    case 2:
+      return kvq_rank_2;
+    case 3:
+      return kvq_rank_3;
+    case 4:
+      return kvq_rank_4;
+    case 5:
+      return kvq_rank_5;
+    case 6:
+      return kvq_rank_6;
+    default:
+      return kvq_rank_8;
+  }
+}
