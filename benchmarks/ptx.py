@@ -155,7 +155,7 @@ def is_timed(row: dict, args: argparse.Namespace) -> bool:
     """Whether a codec kernel is among those that are timed: one group size, plain or rotated."""
     if row["dtype"] not in (args.dtypes or ["half"]) or row["op"].startswith(("attention", "q4_k")):
         return False
-    if not row["constants"].get("kvq_wide", 1):
+    if not row["constants"].get("kvq_wide", 1) or row["constants"].get("kvq_head_dim", 128) != 128:
         return False
     if row["op"] == "mlx_native_dequantize" or (args.op and row["op"] not in args.op):
         return False

@@ -24,15 +24,9 @@ struct Affine : NoTable {
     const float bias = round_scale(has_nan ? NAN : (low == 0.0f ? 0.0f : low), out.scale_dtype);
     float scale = round_scale(has_nan ? NAN : (high - low) / levels, out.scale_dtype);
     scale = scale == 0.0f ? 1.0f : scale;
+    const Divisor by = divisor_of(scale, out.scale_dtype, 8.470329472543003e-22f);  // 2^-70
     float codes[KVQ_WIDTH];
-    if (is_plain_divisor(scale)) {
-      const float inverse = 1.0f / scale;
-      KVQ_UNROLL for (int i = 0; i < KVQ_WIDTH; ++i) {
-        codes[i] = quotient(v[i] - bias, scale, inverse, false) + 0.5f;
-      }
-    } else {
-      KVQ_UNROLL for (int i = 0; i < KVQ_WIDTH; ++i) codes[i] = (v[i] - bias) / scale + 0.5f;
-    }
+    KVQ_UNROLL for (int i = 0; i < KVQ_WIDTH; ++i) codes[i] = by.divide(v[i] - bias) + 0.5f;
     KVQ_UNROLL for (int i = 0; i < KVQ_WIDTH; ++i) {
       codes[i] = has_nan ? 0.0f : float(uint(min(max(codes[i], 0.0f), levels)));
     }

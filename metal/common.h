@@ -110,17 +110,23 @@ struct Place {
   int vector;   ///< number of the vector among those of the simdgroup
   uint lane;    ///< in the simdgroup
   bool odd;     ///< second of the two lanes that share 32 elements
+  bool exists;  ///< whether the simdgroup takes so many vectors
   bool active;  ///< whether there is such a vector
   bool wide;    ///< rows start at addresses that vector accesses need
   uint table;   ///< the lane's entry of the codec's table
 
   /// First of the lane's elements in a pass: of the first eight, or of the second, 16 further on.
   int element(int pass, int eight) const thread { return first + KVQ_SPAN * pass + 2 * eight; }
-  bool holds(int pass, int eight) const thread { return active && element(pass, eight) < dim; }
+  bool holds(int pass, int eight) const thread {
+    return active && (is_filled() || element(pass, eight) < dim);
+  }
 
   /// First of the 16 neighbouring elements whose codes the lane loads and stores.
   int sixteen(int pass) const thread { return first + KVQ_SPAN * pass + (odd ? 8 : 0); }
-  bool packs(int pass) const thread { return active && sixteen(pass) < dim; }
+  bool packs(int pass) const thread { return active && (is_filled() || sixteen(pass) < dim); }
+
+  /// Whether every lane of a vector has 16 of its elements.
+  bool is_filled() const thread { return dim % 32 == 0 && dim <= KVQ_SPAN; }
 };
 
 inline int lanes_of(int dim) { return (dim + 31) / 32 * 2; }
@@ -131,9 +137,8 @@ inline int simdgroup_in_row(uint3 at) { return int(at.x / 32u); }
 /// Vectors that a simdgroup takes at once (csrc/mps/rows.h).
 inline int vectors_per_simdgroup(int dim) { return lanes_of(dim) > 32 ? 1 : 32 / lanes_of(dim); }
 
-/// Times that a simdgroup takes its number of vectors, of which `wanted` is the host's choice
-/// (csrc/mps/rows.h).
-inline int steps_of(int family, int wanted) { return family == KVQ_FAMILY_NONE ? 1 : wanted; }
+/// Whether a simdgroup takes a row of format none of any length (csrc/mps/rows.h).
+inline bool takes_any_row(int family, bool wide) { return family == KVQ_FAMILY_NONE && !wide; }
 
 inline Place place_of(int dim, uint lane, bool wide) {
   const int lanes = min(lanes_of(dim), 32);
@@ -143,7 +148,8 @@ inline Place place_of(int dim, uint lane, bool wide) {
   at.lane = lane;
   at.odd = (lane & 1u) != 0u;
   at.first = (int(lane) - at.vector * lanes) / 2 * 32 + (at.odd ? 8 : 0);
-  at.active = at.vector < vectors_per_simdgroup(dim);
+  at.exists = vectors_per_simdgroup(dim) * lanes == 32 || at.vector < vectors_per_simdgroup(dim);
+  at.active = at.exists;
   at.wide = wide;
   at.table = 0u;
   return at;
@@ -204,7 +210,7 @@ inline void load8(const device T* from, bool wide, thread float* x) {
   KVQ_UNROLL for (int i = 0; i < 8; ++i) x[i] = value_at<T>(words, i);
 }
 
-inline void store8(device float* to, bool wide, thread const float* x) {
+inline void store8(device float* to, bool wide, thread const float* x, bool = true) {
   if (wide) {
     KVQ_UNROLL for (int i = 0; i < 2; ++i) {
       reinterpret_cast<device float4*>(to)[i] =
@@ -214,11 +220,11 @@ inline void store8(device float* to, bool wide, thread const float* x) {
     KVQ_UNROLL for (int i = 0; i < 8; ++i) to[i] = x[i];
   }
 }
-/// float32 values as half; those that are too large saturate.
-inline void store8(device half* to, bool wide, thread const float* x) {
+/// float32 values as half; those that are too large saturate, or become infinite.
+inline void store8(device half* to, bool wide, thread const float* x, bool saturate = true) {
   float largest = 0.0f;
   KVQ_UNROLL for (int i = 0; i < 8; ++i) largest = max(largest, fabs(x[i]));
-  const bool saturates = largest > KVQ_F16_MAX;
+  const bool saturates = saturate && largest > KVQ_F16_MAX;
   uint words[4];
   KVQ_UNROLL for (int i = 0; i < 4; ++i) {
     words[i] = as_type<uint>(half2(half(x[2 * i]), half(x[2 * i + 1])));
@@ -237,7 +243,7 @@ inline void store8(device half* to, bool wide, thread const float* x) {
     }
   }
 }
-inline void store8(device bfloat* to, bool wide, thread const float* x) {
+inline void store8(device bfloat* to, bool wide, thread const float* x, bool = true) {
   ushort bits[8];
   KVQ_UNROLL for (int i = 0; i < 8; ++i) bits[i] = as_type<ushort>(bfloat(x[i]));
   if (wide) {
@@ -432,6 +438,7 @@ inline Pieces load_codes(const device uchar* from, int bits, bool whole, int ali
 
 /// Codecs without a table; those with one say the lane's entry, as a simdgroup holds it.
 struct NoTable {
+  using Row = Packed;  ///< what a lane loads of a vector, in one pass
   static uint encoder_entry(uint, int) { return 0u; }
   static uint decoder_entry(uint, int) { return 0u; }
 };
@@ -506,6 +513,29 @@ inline float quotient(float x, float by, float inverse, bool is_short) {
   const float q = x * inverse;
   const float better = fma(fma(-by, q, x), inverse, q);
   return is_short ? better : fma(fma(-by, better, x), inverse, better);
+}
+
+/// Divides by any scale: those beyond the range of `quotient` are brought into it, as is x, by a
+/// power of two.
+struct Divisor {
+  float by;
+  float inverse;
+  float factor;
+  bool is_short;
+
+  float divide(float x) const thread { return quotient(x * factor, by, inverse, is_short); }
+};
+
+/// `down` is the power of two for large scales; no scale of dtype float16 needs one.
+inline Divisor divisor_of(float scale, int dtype, float down) {
+  const float up = 1.2379400392853803e27f;  // 2^90
+  const bool is_plain = dtype == KVQ_FLOAT16 || is_plain_divisor(scale);
+  Divisor divisor;
+  divisor.factor = is_plain ? 1.0f : (scale < 1.0f ? up : down);
+  divisor.by = scale * divisor.factor;
+  divisor.inverse = 1.0f / divisor.by;
+  divisor.is_short = dtype != KVQ_FLOAT32 || is_short_divisor(divisor.by);
+  return divisor;
 }
 
 /// Sum over a simdgroup in the order reference._sum32 states; all lanes get it.

@@ -1,11 +1,5 @@
-#include "dequantize.h"
+#include "dense.h"
 
-#define KVQ_NONE(type)                                               \
-  template [[host_name("kvq_quantize_" #type "_none")]] [[kernel]]   \
-  decltype(kvq_quantize_none<type>) kvq_quantize_none<type>;         \
-  template [[host_name("kvq_dequantize_" #type "_none")]] [[kernel]] \
-  decltype(kvq_dequantize_none<type>) kvq_dequantize_none<type>;
+#include "instantiate.h"
 
-KVQ_NONE(float)
-KVQ_NONE(half)
-KVQ_NONE(bfloat)
+KVQ_CODEC("none", Dense, KVQ_FAMILY_NONE, 0, 0)

@@ -47,7 +47,7 @@ inline void store_block(thread const Place& at, int pass, thread const Target& o
     threadgroup uint* words =
         reinterpret_cast<threadgroup uint*>(rows) + at.vector * (at.dim / 32 * Bytes / 4);
     threadgroup ushort* row = reinterpret_cast<threadgroup ushort*>(words);
-    const bool exists = at.vector < vectors_per_simdgroup(at.dim) && at.element(pass, 0) < at.dim;
+    const bool exists = at.exists && (at.is_filled() || at.element(pass, 0) < at.dim);
     if (exists) {
       if (!at.odd) row[offset / 2] = block_scale(d);
       KVQ_UNROLL for (int i = 0; i < count; ++i) {

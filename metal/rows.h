@@ -1,4 +1,4 @@
-// Reading a vector to be packed, and finding where it goes: shared by quantize and append.
+// Packing the tokens of a head: shared by quantize and append.
 #pragma once
 
 #include "dense.h"
@@ -11,7 +11,7 @@ struct Slots {
   int64_t capacity;  ///< slots of the cache
   int begin;         ///< first token that is written
   int end;           ///< one past the last
-  bool ring;
+  int turn;          ///< first token that goes to the beginning of a ring
 };
 
 inline Slots slots_of(constant KvqWriteParams& params, const device int* position, int b,
@@ -22,18 +22,23 @@ inline Slots slots_of(constant KvqWriteParams& params, const device int* positio
   } else if (params.position_bytes == 4) {
     first = position[b * params.position_stride];
   }
+  const bool ring = params.ring != 0;
+  const int tokens = params.tokens;
   Slots slots;
-  slots.ring = params.ring != 0;
   slots.capacity = capacity;
   slots.begin = 0;
-  slots.end = params.tokens;
-  if (first < 0 || first > (slots.ring ? 0x7fffffffffffffff - params.tokens : capacity)) {
+  slots.end = tokens;
+  slots.turn = 0x7fffffff;
+  if (first < 0 || first > (ring ? 0x7fffffffffffffff - tokens : capacity)) {
     slots.end = 0;
     first = 0;
   }
-  if (slots.ring && slots.end > 0) {
-    slots.begin = capacity < params.tokens ? params.tokens - int(capacity) : 0;
+  if (ring && slots.end > 0) {
+    slots.begin = capacity < tokens ? tokens - int(capacity) : 0;
     first = capacity > 0 ? (first + slots.begin) % capacity : 0;
+    if (capacity - first < tokens) slots.turn = slots.begin + int(capacity - first);
+  } else if (capacity - first < slots.end) {
+    slots.end = int(capacity - first);
   }
   slots.first = first;
   return slots;
@@ -58,41 +63,96 @@ inline Loaded load_lanes(const device T* x, thread const Place& at) {
   return loaded;
 }
 
+/// The signs of a lane's elements, as sign bits to flip: of values, or of pairs as `Loaded` has
+/// them.
+template <typename T>
+inline Loaded load_flips(const device float* signs, thread const Place& at, bool as_loaded) {
+  Loaded flips;
+  KVQ_UNROLL for (int pass = 0; pass < KVQ_PASSES; ++pass) {
+    if (KVQ_SPAN * pass >= at.dim) continue;
+    KVQ_UNROLL for (int eight = 0; eight < KVQ_WIDTH; eight += 8) {
+      thread uint* words = flips.words + KVQ_WIDTH * pass + eight;
+      KVQ_UNROLL for (int i = 0; i < 8; ++i) words[i] = 0u;
+      if (!at.is_filled() && at.element(pass, eight) >= at.dim) continue;
+      load_words(signs + at.element(pass, eight), at.wide, words);
+      KVQ_UNROLL for (int i = 0; i < 8; ++i) words[i] &= 0x80000000u;
+      if (as_loaded && sizeof(T) == 2) {
+        KVQ_UNROLL for (int i = 0; i < 4; ++i) words[i] = (words[2 * i] >> 16) | words[2 * i + 1];
+      }
+    }
+  }
+  return flips;
+}
+
+/// Whether any of a lane's values may exceed KVQ_ROTATED_LIMIT.
+template <typename T>
+inline bool exceeds_limit(thread const uint*, thread const float* v) {
+  return lane_peak(v) > KVQ_ROTATED_LIMIT;
+}
+/// Of half only infinities do, whose sums are none or NaN. (That of large values may be infinite,
+/// too: these stay as they are.)
+template <>
+inline bool exceeds_limit<half>(thread const uint* words, thread const float*) {
+  half2 sum = as_type<half2>(words[0]) + as_type<half2>(words[8]);
+  KVQ_UNROLL for (int i = 1; i < 4; ++i) {
+    sum += as_type<half2>(words[i]);
+    sum += as_type<half2>(words[i + 8]);
+  }
+  const uint both = as_type<uint>(sum);
+  return (both & 0x7c00u) == 0x7c00u || (both & 0x7c000000u) == 0x7c000000u;
+}
+
 /// x, centred, bounded and rotated, in the lanes' registers: what the encoders see. Zeros where
 /// there is no such element.
 template <typename T>
-inline void prepare_lanes(thread const Loaded& x, const device float* signs,
+inline void prepare_lanes(thread const Loaded& x, thread const Loaded& flips,
                           const device float* mean, thread const Place& at, float norm,
                           bool bounded, bool rotate, bool centre, thread float* v) {
   KVQ_UNROLL for (int pass = 0; pass < KVQ_PASSES; ++pass) {
     if (KVQ_SPAN * pass >= at.dim) continue;
-    KVQ_UNROLL for (int eight = 0; eight < KVQ_WIDTH; eight += 8) {
-      thread float* part = v + KVQ_WIDTH * pass + eight;
-      KVQ_UNROLL for (int i = 0; i < 8; ++i) {
-        part[i] = value_at<T>(x.words + KVQ_WIDTH * pass + eight, i);
+    thread float* part = v + KVQ_WIDTH * pass;
+    uint words[KVQ_WIDTH];
+    KVQ_UNROLL for (int i = 0; i < KVQ_WIDTH; ++i) {
+      const uint flip = rotate && !centre ? flips.words[KVQ_WIDTH * pass + i] : 0u;
+      words[i] = x.words[KVQ_WIDTH * pass + i] ^ flip;
+    }
+    KVQ_UNROLL for (int i = 0; i < KVQ_WIDTH; ++i) {
+      part[i] = value_at<T>(words + i / 8 * 8, i % 8);
+    }
+    if (centre) {
+      KVQ_UNROLL for (int eight = 0; eight < KVQ_WIDTH; eight += 8) {
+        if (!at.holds(pass, eight)) continue;
+        float other[8];
+        load8(mean + at.element(pass, eight), at.wide, other);
+        KVQ_UNROLL for (int i = 0; i < 8; ++i) part[eight + i] -= other[i];
       }
-      if (!at.holds(pass, eight)) continue;
-      const int first = at.element(pass, eight);
-      float other[8];
-      if (centre) {
-        load8(mean + first, at.wide, other);
-        KVQ_UNROLL for (int i = 0; i < 8; ++i) part[i] -= other[i];
-      }
-      if (bounded) {
-        float largest = 0.0f;
-        KVQ_UNROLL for (int i = 0; i < 8; ++i) largest = max(largest, fabs(part[i]));
-        if (largest > KVQ_ROTATED_LIMIT) {
-          KVQ_UNROLL for (int i = 0; i < 8; ++i) part[i] = bound(part[i], KVQ_ROTATED_LIMIT);
-        }
-      }
-      if (rotate) {
-        load8(signs + first, at.wide, other);
-        KVQ_UNROLL for (int i = 0; i < 8; ++i) part[i] *= other[i];
+    }
+    if (bounded && (centre ? exceeds_limit<float>(words, part) : exceeds_limit<T>(words, part))) {
+      KVQ_UNROLL for (int i = 0; i < KVQ_WIDTH; ++i) part[i] = bound(part[i], KVQ_ROTATED_LIMIT);
+    }
+    if (rotate && centre) {
+      KVQ_UNROLL for (int i = 0; i < KVQ_WIDTH; ++i) {
+        part[i] = as_type<float>(as_type<uint>(part[i]) ^ flips.words[KVQ_WIDTH * pass + i]);
       }
     }
   }
   if (rotate) fwht_lanes(v, at, norm);
 }
+
+/// What is known of a side when its kernel is compiled.
+struct Kind {
+  int family;
+  int bits;
+  int group;
+  int dim;
+  int scale_dtype;
+  bool rotate;
+  bool centre;
+  bool wide;
+
+  bool any_row() const thread { return takes_any_row(family, wide); }
+  int vectors() const thread { return any_row() ? 1 : vectors_per_simdgroup(dim); }
+};
 
 /// Writes a vector of format none, one simdgroup each, through its row of threadgroup memory.
 template <typename T>
@@ -114,60 +174,34 @@ inline void copy_row(const device T* x, const device float* signs, const device 
   if (rotate) {
     fwht(row, lane, n, side.block, side.norm);
   }
-  Dense::encode(row, lane, n, out);
+  Dense::store_row(row, lane, n, out);
 }
 
-/// Where a lane's next vector goes. Tokens come in order, so that addresses take a sum each, until
-/// a ring wraps.
-struct Cursor {
-  int64_t slot;
-  int t;
-  Target target;
-
-  bool writes(thread const Slots& slots) const thread {
-    return t >= slots.begin && t < slots.end && slot < slots.capacity;
-  }
+/// Bytes from slot to slot.
+struct SlotBytes {
+  int64_t codes;
+  int64_t scales;
+  int64_t biases;
 };
 
-inline void move(thread Cursor& cursor, constant KvqWriteSide& side, int64_t slots, bool dense) {
-  const int64_t scale_size = cursor.target.scale_dtype == KVQ_FLOAT32 ? 4 : 2;
-  const int64_t code_size = !dense ? 1 : cursor.target.codes_dtype == KVQ_FLOAT32 ? 4 : 2;
-  cursor.slot += slots;
-  cursor.target.codes += code_size * (slots * side.codes.token);
-  cursor.target.scales += scale_size * (slots * side.scales.token);
-  cursor.target.biases += scale_size * (slots * side.biases.token);
+inline SlotBytes slot_bytes(constant KvqWriteSide& side, int64_t code_size, int64_t scale_size) {
+  SlotBytes bytes;
+  bytes.codes = code_size * side.codes.token;
+  bytes.scales = scale_size * side.scales.token;
+  bytes.biases = scale_size * side.biases.token;
+  return bytes;
 }
 
-inline void wrap(thread Cursor& cursor, thread const Slots& slots, constant KvqWriteSide& side,
-                 bool dense) {
-  if (slots.ring && cursor.slot >= slots.capacity) move(cursor, side, -slots.capacity, dense);
-}
-
-/// Of token t.
-inline Cursor cursor_at(thread const Target& head, thread const Slots& slots,
-                        constant KvqWriteSide& side, int t, bool dense) {
-  Cursor cursor;
-  cursor.slot = 0;
-  cursor.t = t;
-  cursor.target = head;
-  move(cursor, side, slots.first + (t - slots.begin), dense);
-  wrap(cursor, slots, side, dense);
-  return cursor;
-}
-
-inline void advance(thread Cursor& cursor, thread const Slots& slots, constant KvqWriteSide& side,
-                    int tokens, bool dense) {
-  cursor.t += tokens;
-  move(cursor, side, tokens, dense);
-  wrap(cursor, slots, side, dense);
+inline void move(thread Target& target, thread const SlotBytes& bytes, int64_t slots) {
+  target.codes += slots * bytes.codes;
+  target.scales += slots * bytes.scales;
+  target.biases += slots * bytes.biases;
 }
 
 /// Slot 0 of a head.
 inline Target target_of(device uchar* codes, device uchar* scales, device uchar* biases,
-                        constant KvqWriteSide& side, int b, int g, int scale_dtype, bool dense,
-                        bool rotate) {
-  const int64_t scale_size = scale_dtype == KVQ_FLOAT32 ? 4 : 2;
-  const int64_t code_size = !dense ? 1 : side.codes_dtype == KVQ_FLOAT32 ? 4 : 2;
+                        constant KvqWriteSide& side, int b, int g, int64_t code_size,
+                        int64_t scale_size, int scale_dtype, bool rotate) {
   Target out;
   out.codes = codes + code_size * (b * side.codes.batch + g * side.codes.head);
   out.scales = scales + scale_size * (b * side.scales.batch + g * side.scales.head);
@@ -179,3 +213,77 @@ inline Target target_of(device uchar* codes, device uchar* scales, device uchar*
   out.saturate = rotate;
   return out;
 }
+
+/// Packs a head's tokens of simdgroup number `simdgroup`, `steps` times as many as it takes at
+/// once. Encoder: table_entry and encode of the side's codec.
+template <typename T, typename Encoder>
+inline void write_tokens(const device T* x, device uchar* codes, device uchar* scales,
+                         device uchar* biases, const device float* signs, const device float* mean,
+                         const device int* position, constant KvqWriteParams& params,
+                         constant KvqWriteSide& side, threadgroup float* row, int b, int g,
+                         int simdgroup, uint lane, int steps, thread const Kind& kind) {
+  const int64_t scale_size = kind.scale_dtype == KVQ_FLOAT32 ? 4 : 2;
+  const int64_t code_size =
+      kind.family != KVQ_FAMILY_NONE ? 1 : (side.codes_dtype == KVQ_FLOAT32 ? 4 : 2);
+  const int vectors = kind.vectors();
+  const Slots slots = slots_of(params, position, b, side.capacity);
+  const SlotBytes bytes = slot_bytes(side, code_size, scale_size);
+  Place place = place_of(kind.any_row() ? 32 : kind.dim, lane, kind.wide);
+  place.table = Encoder::table_entry(kind, lane);
+  const bool exists = g < side.heads && (kind.any_row() || place.exists);
+  int t = simdgroup * steps * vectors + (kind.any_row() ? 0 : place.vector), turn = slots.turn;
+  const device T* from = x + (b * side.x.batch + g * side.x.head + t * side.x.token);
+  Target next_target = target_of(codes, scales, biases, side, b, g, code_size, scale_size,
+                                 kind.scale_dtype, kind.rotate);
+  move(next_target, bytes, slots.first + (t - slots.begin));
+  mean += kind.dim * g;
+  if (kind.any_row()) {
+    if (t >= turn) move(next_target, bytes, -slots.capacity);
+    if (exists && t >= slots.begin && t < slots.end) {
+      copy_row(from, signs, mean, side, row, lane, kind.rotate, kind.centre, next_target);
+    }
+    return;
+  }
+  const int64_t x_step = vectors * side.x.token;
+  const float norm = side.norm;
+  Loaded flips;
+  if (kind.rotate) flips = load_flips<T>(signs, place, !kind.centre);
+  place.active = exists && t >= slots.begin && t < slots.end;
+  Loaded next = load_lanes(from, place);
+  KVQ_ROLLED for (int step = 1;; ++step) {
+    // Tokens come in order, so that addresses take a sum each, until a ring begins again.
+    if (t >= turn) {
+      move(next_target, bytes, -slots.capacity);
+      turn = 0x7fffffff;
+    }
+    float v[KVQ_VALUES];
+    const Place here = place;
+    const Loaded loaded = next;
+    const Target out = next_target;
+    // The next vectors are on their way while these are encoded.
+    if (step < steps) {
+      t += vectors;
+      from += x_step;
+      move(next_target, bytes, vectors);
+      place.active = exists && t >= slots.begin && t < slots.end;
+      next = load_lanes(from, place);
+    }
+    prepare_lanes<T>(loaded, flips, mean, here, norm,
+                     kind.rotate || kind.family == KVQ_FAMILY_TURBOQUANT, kind.rotate, kind.centre,
+                     v);
+    Encoder::encode(kind, v, here, out, row);
+    if (step >= steps) break;
+  }
+}
+
+/// The encoder of one codec.
+template <typename Codec>
+struct EncoderOf {
+  static uint table_entry(thread const Kind& kind, uint lane) {
+    return Codec::encoder_entry(lane, kind.bits);
+  }
+  static void encode(thread const Kind& kind, thread float* x, thread const Place& at,
+                     thread const Target& out, threadgroup float* row) {
+    Codec::encode(x, at, out, kind.bits, kind.group, row);
+  }
+};

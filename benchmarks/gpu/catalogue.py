@@ -125,7 +125,8 @@ def codec_units(library: str, kernels: Iterable[str], pairs: list | None = None)
                 yield _unit(library, named, append_constants(k, v, scale))
         return
     if ops == {"hadamard"}:
-        settings = _switches("kvq_signs", "kvq_inverse")
+        shapes = [shape(128), shape(80), shape(1024), shape(24, wide=False)]
+        settings = [{**s, **d} for d in shapes for s in _switches("kvq_signs", "kvq_inverse")]
     elif ops == {"mlx_native_dequantize"}:
         settings = _switches("kvq_rotate", "kvq_signs")
     elif library == "q4_k":
@@ -157,7 +158,7 @@ def append_constants(k: KVFormat, v: KVFormat, scale_dtype: int = 1) -> dict[str
             "rotate": fmt.rotate,
             "centre": fmt.rotate,
             "head_dim": 128,
-            "wide": fmt.family != "none",
+            "wide": 1,
             "scale_dtype": scale_dtype,
         }.items()
     }

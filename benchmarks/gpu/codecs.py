@@ -9,39 +9,28 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from tests.metal.kernels.row_layout import (
+    READ_STEPS,
+    WRITE_STEPS,
+    row_floats,
+    steps_for,
+    takes_any_row,
+    vectors_of,
+    vectors_per_simdgroup,
+)
 from torch_kvq import reference
 from torch_kvq.codebooks import codebook, hadamard_block, hadamard_signs
 from torch_kvq.formats import KVFormat
 
 from .catalogue import DTYPES
 from .device import DEVICE, Kernels, time_calls, to_device
-from .shares import WHOLE, Share, is_in
+from .shares import WHOLE, Share, rows_of
 from .structs import make
 
 #: Tokens of the checks: no multiple of what the kernels take at once.
 TOKENS = 67
 SCALARS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 Packed = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-
-
-def vectors_per_simdgroup(fmt: KVFormat, head_dim: int) -> int:
-    """As in csrc/mps/rows.h."""
-    lanes = -(-head_dim // 32) * 2
-    return 1 if fmt.family == "none" or lanes > 32 else 32 // lanes
-
-
-def steps_for(fmt: KVFormat, tokens: int, head_dim: int) -> int:
-    """As in csrc/mps/rows.h."""
-    many = tokens >= 32 * vectors_per_simdgroup(fmt, head_dim)
-    return 4 if many and fmt.family != "none" else 1
-
-
-def row_floats(fmt: KVFormat, head_dim: int) -> int:
-    """As in csrc/mps/rows.h."""
-    if fmt.family == "none":
-        return head_dim
-    blocks = vectors_per_simdgroup(fmt, head_dim) * -(-head_dim // 32)
-    return {"turboquant": 36 * blocks, "gguf": (34 * blocks + 3) // 4}.get(fmt.family, 0)
 
 
 def lay_out(simdgroups: int, heads: int, batch: int, floats: int) -> tuple[tuple, tuple, int]:
@@ -69,15 +58,21 @@ class Side:
     signs: torch.Tensor | None = None
     mean: torch.Tensor | None = None
     encoder: str = "default"
+    wide: bool = True
+    """As the kernel was compiled."""
+    several: int = 0
+    """Steps of a simdgroup, where the size is not to decide."""
 
     @property
     def vectors(self) -> int:
         """Vectors that a simdgroup takes at once."""
-        return vectors_per_simdgroup(self.fmt, self.x.shape[3])
+        return vectors_of(self.fmt, self.x.shape[3], self.wide)
 
-    @property
-    def steps(self) -> int:
-        return steps_for(self.fmt, self.x.shape[2], self.x.shape[3])
+    def steps(self, most: int) -> int:
+        batch, heads, tokens, head_dim = self.x.shape
+        if self.several and not takes_any_row(self.fmt, self.wide):
+            return self.several
+        return steps_for(self.fmt, tokens, batch * heads, head_dim, self.wide, most)
 
 
 def hadamard_fields(head_dim: int) -> dict[str, object]:
@@ -104,8 +99,8 @@ def write_params(sides: list[Side], position: int) -> np.ndarray:
     x = sides[0].x
     params["batch"], params["tokens"] = x.shape[0], x.shape[2]
     params["heads"] = max(side.x.shape[1] for side in sides)
-    params["steps"] = min(side.steps for side in sides)
-    params["row"] = max(row_floats(side.fmt, side.x.shape[3]) for side in sides)
+    params["steps"] = min(side.steps(WRITE_STEPS) for side in sides)
+    params["row"] = max(row_floats(side.fmt, side.x.shape[3], side.wide) for side in sides)
     return params
 
 
@@ -135,8 +130,8 @@ def dequantize_call(
 ) -> Callable:
     """dequantize of slots start to start + out.shape[2]."""
     codes, scales, _ = side.packed
-    vectors = vectors_per_simdgroup(side.fmt, out.shape[3])
-    steps = steps_for(side.fmt, out.shape[2], out.shape[3])
+    vectors = vectors_of(side.fmt, out.shape[3], side.wide)
+    steps = side.steps(READ_STEPS)
     params = make(
         "KvqReadParams",
         **hadamard_fields(out.shape[3]),
@@ -148,7 +143,7 @@ def dequantize_call(
         set_strides(params[name], tensor)
     grid, block, shared = lay_out(
         -(-out.shape[2] // (vectors * steps)), out.shape[1], out.shape[0],
-        out.shape[3] if side.fmt.family == "none" else 0,
+        out.shape[3] if takes_any_row(side.fmt, side.wide) else 0,
     )  # fmt: skip
     buffers = [*side.packed, side.signs, side.mean, out]
     return kernels.prepare(row, grid, block, buffers, params, shared)
@@ -158,8 +153,11 @@ def hadamard_call(
     kernels: Kernels, row: dict, x: torch.Tensor, signs: torch.Tensor | None, out: torch.Tensor
 ) -> Callable:
     """hadamard of contiguous vectors."""
-    params = make("KvqHadamardParams", **hadamard_fields(x.shape[-1]))
-    grid, block, shared = lay_out(x.numel() // x.shape[-1], 1, 1, x.shape[-1])
+    head_dim, wide = x.shape[-1], row["constants"]["kvq_wide"]
+    vectors = x.numel() // head_dim
+    params = make("KvqHadamardParams", vectors=vectors, **hadamard_fields(head_dim))
+    together = vectors_per_simdgroup(head_dim) if wide else 1
+    grid, block, shared = lay_out(-(-vectors // together), 1, 1, 0 if wide else head_dim)
     return kernels.prepare(row, grid, block, [x, signs, out], params, shared)
 
 
@@ -196,24 +194,24 @@ def random(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.
 
 
 def small_side(  # type: ignore[no-untyped-def]
-    spec: str, dtype: torch.dtype, head_dim: int, rotate: bool, centre: bool, scale: int, seed: int
+    spec: str, dtype: torch.dtype, head_dim: int, constants: dict, prefix: str, seed: int
 ):
-    """A side with empty slots around the tokens, on the CPU."""
+    """A side with empty slots around the tokens, on the CPU; a simdgroup takes several steps."""
     fmt = KVFormat.parse(spec)
     x = random(2, 3, TOKENS, head_dim, seed=seed, dtype=dtype)
-    packed = fmt.empty(
-        2, 3, TOKENS + 4, head_dim, dtype=dtype, scale_dtype=list(SCALARS)[scale]
-    )  # fmt: skip
-    signs = hadamard_signs(head_dim) if rotate else None
-    mean = random(3, head_dim, seed=seed + 1) if centre else None
-    encoder = "unbiased" if fmt.family == "turboquant" and centre else "default"
-    return Side(fmt, x, packed, signs, mean, encoder)
+    scale_dtype = list(SCALARS)[constants[f"{prefix}scale_dtype"]]
+    packed = fmt.empty(2, 3, TOKENS + 4, head_dim, dtype=dtype, scale_dtype=scale_dtype)
+    signs = hadamard_signs(head_dim) if constants[f"{prefix}rotate"] else None
+    mean = random(3, head_dim, seed=seed + 1) if constants[f"{prefix}centre"] else None
+    encoder = "unbiased" if fmt.family == "turboquant" and mean is not None else "default"
+    wide = bool(constants[f"{prefix}wide"])
+    return Side(fmt, x, packed, signs, mean, encoder, wide, several=4)
 
 
 def on_device(side: Side) -> Side:
     packed = tuple(t.clone() for t in side.packed)
     moved = map(to_device, (side.x, packed, side.signs, side.mean))
-    return Side(side.fmt, *moved, side.encoder)  # type: ignore[arg-type]
+    return Side(side.fmt, *moved, side.encoder, side.wide, side.several)  # type: ignore[arg-type]
 
 
 def write_reference(side: Side, position: int) -> None:
@@ -244,12 +242,9 @@ def check_row(kernels: Kernels, row: dict, head_dim: int, seed: int, checked: bo
     position = 2
     if row["op"] == "append":
         sides = [
-            small_side(
-                row[s], dtype, head_dim, constants[f"kvq_{s}_rotate"],
-                constants[f"kvq_{s}_centre"], constants[f"kvq_{s}_scale_dtype"], seed + i,
-            )
+            small_side(row[s], dtype, head_dim, constants, f"kvq_{s}_", seed + i)
             for i, s in enumerate(("k", "v"))
-        ]  # fmt: skip
+        ]
         ours = [on_device(side) for side in sides]
         append_call(kernels, row, *ours, position)()
         if not checked:
@@ -288,10 +283,7 @@ def check_row(kernels: Kernels, row: dict, head_dim: int, seed: int, checked: bo
             rotate_back=bool(constants["kvq_rotate"]),
         )  # fmt: skip
         return same_values(out, expected)
-    side = small_side(
-        row["format"], dtype, head_dim, constants["kvq_rotate"], constants["kvq_centre"],
-        constants["kvq_scale_dtype"], seed,
-    )  # fmt: skip
+    side = small_side(row["format"], dtype, head_dim, constants, "kvq_", seed)
     if row["op"] == "quantize":
         ours = on_device(side)
         quantize_call(kernels, row, ours, position)()
@@ -322,9 +314,7 @@ def small_checks(
     kernels: Kernels, checked: bool = True, share: Share = WHOLE, ops: list[str] | None = None
 ) -> Iterator[tuple[dict, dict[str, object]]]:
     """A share of the build's codec kernels, at the head sizes that they were compiled for."""
-    for number, row in enumerate(kernels.rows):
-        if not is_in(number, share) or (ops and row["op"] not in ops):
-            continue
+    for number, row in rows_of(kernels, share, ops):
         if str(row["op"]).startswith(("attention", "q4_k")):
             continue
         head_dim = head_dim_of(row)

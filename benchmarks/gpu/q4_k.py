@@ -12,7 +12,7 @@ from torch_kvq import reference
 from .catalogue import DTYPES
 from .codecs import nbytes, same_bytes, same_values
 from .device import DEVICE, Kernels, time_calls, to_device
-from .shares import WHOLE, Share, is_in
+from .shares import WHOLE, Share, rows_of
 from .structs import constant, make
 
 GEMV_ROWS, FEW_ROWS, TILE_M, TILE_N, TILE_THREADS = (
@@ -74,9 +74,7 @@ def small_checks(
     kernels: Kernels, checked: bool = True, share: Share = WHOLE, ops: list[str] | None = None
 ) -> Iterator[tuple[dict, dict[str, object]]]:
     """A share of the build's Q4_K kernels."""
-    for number, row in enumerate(kernels.rows):
-        if not is_in(number, share) or (ops and row["op"] not in ops):
-            continue
+    for number, row in rows_of(kernels, share, ops):
         if str(row["op"]).startswith("q4_k"):
             yield row, {"ok": check_row(kernels, row, number, checked)}
 
@@ -93,15 +91,19 @@ def gemv_call(kernels: Kernels, row: dict, n: int = 8192, k: int = 8192):  # typ
 
 
 def measure(kernels: Kernels, read_gbps: float) -> Iterator[dict[str, object]]:
-    """The vector product's share of read bandwidth on packed bytes, caches cold."""
+    """The vector product's share of read bandwidth on packed bytes, caches cold; beside it torch's
+    fastest reduction of the same bytes, whose launch and tail cost as much."""
     flush = torch.ones(2**26, device=DEVICE)
     for row in kernels.select(op="q4_k_gemv"):
         if row["constants"]["kvq_aligned"] and row["constants"]["kvq_vectors"] == 2:
             call, size = gemv_call(kernels, row)
-            us = time_calls({"ours": call}, flush=flush)["ours"]
+            floats = call.held[1].view(torch.float32)  # type: ignore[attr-defined]
+            reads = {"amax": floats.amax, "sum": floats.sum}
+            times = time_calls({"ours": call, **reads}, flush=flush)
+            us = times["ours"]
             gbps = size / us / 1e3
             yield {
                 **{key: row[key] for key in ("kernel", "op", "dtype", "registers")},
                 "shape": [8192, 8192], "us": us, "nbytes": size, "gbps": gbps,
-                "of_read": gbps / read_gbps,
+                "of_read": gbps / read_gbps, "torch_read_us": min(times[name] for name in reads),
             }  # fmt: skip

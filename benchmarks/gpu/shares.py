@@ -25,6 +25,13 @@ def is_in(number: int, share: Share) -> bool:
     return number % share[1] == share[0]
 
 
+def rows_of(kernels, share: Share, ops: list[str] | None) -> Iterator[tuple[int, dict]]:  # type: ignore[no-untyped-def]
+    """A share of the build's rows, or of those of some ops, with their numbers."""
+    for number, row in enumerate(kernels.rows):
+        if is_in(number, share) and (not ops or row["op"] in ops):
+            yield number, row
+
+
 def small(kernels, share: Share, checked: bool, ops: list[str] | None) -> Iterator[dict]:  # type: ignore[no-untyped-def]
     """Launches a share of the kernels; a row of results each."""
     from . import attention, codecs, q4_k

@@ -19,14 +19,14 @@ runtime::Launch append_launch(const Write& k, const Write& v, const Position& po
                     {"kvq_k_rotate", k.side.signs.has_value()},
                     {"kvq_k_centre", k.side.mean.has_value()},
                     {"kvq_k_head_dim", static_cast<int32_t>(k.side.head_dim)},
-                    {"kvq_k_wide", is_wide(k.side, k.x, k.packed.codes)},
+                    {"kvq_k_wide", k.wide},
                     {"kvq_v_family", family(v)},
                     {"kvq_v_bits", v.side.format.bits},
                     {"kvq_v_group", v.side.format.group},
                     {"kvq_v_rotate", v.side.signs.has_value()},
                     {"kvq_v_centre", v.side.mean.has_value()},
                     {"kvq_v_head_dim", static_cast<int32_t>(v.side.head_dim)},
-                    {"kvq_v_wide", is_wide(v.side, v.x, v.packed.codes)},
+                    {"kvq_v_wide", v.wide},
                     {"kvq_k_scale_dtype", params.side[0].scale_dtype},
                     {"kvq_v_scale_dtype", params.side[1].scale_dtype}},
       .buffers = {k.x, k.packed.codes, k.packed.scales, k.packed.biases, or_none(k.side.signs),
@@ -35,7 +35,9 @@ runtime::Launch append_launch(const Write& k, const Write& v, const Position& po
       .params = params,
   };
   lay_out(launch,
-          simdgroups_for(params.tokens, std::min(vectors_of(k), vectors_of(v)), params.steps),
+          simdgroups_for(params.tokens,
+                         std::min(vectors_of(k.side, k.wide), vectors_of(v.side, v.wide)),
+                         params.steps),
           params.heads, 2 * int64_t{params.batch}, params.row);
   return launch;
 }

@@ -23,8 +23,8 @@ runtime::Launch read_launch(const Packed& packed, const Side& side, const at::Te
   if (side.format.is_none()) {
     params.codes_dtype = float_dtype("dequantize", "codes", codes.scalar_type());
   }
-  const int64_t vectors = vectors_per_simdgroup(side.format, side.head_dim);
-  params.steps = steps_for(side, out.size(2));
+  const bool wide = is_wide(side, out, codes);
+  params.steps = steps_for(side, out.size(2), out.size(0) * out.size(1), wide, kReadSteps);
   const KernelName name =
       dequantize_kernel(float_dtype("dequantize", "dtype", out.scalar_type()), side.format);
   runtime::Launch launch{
@@ -33,13 +33,13 @@ runtime::Launch read_launch(const Packed& packed, const Side& side, const at::Te
       .constants = {{"kvq_rotate", side.signs.has_value()},
                     {"kvq_centre", side.mean.has_value()},
                     {"kvq_head_dim", static_cast<int32_t>(side.head_dim)},
-                    {"kvq_wide", is_wide(side, out, codes)},
+                    {"kvq_wide", wide},
                     {"kvq_scale_dtype", params.scale_dtype}},
       .buffers = {codes, scales, biases, or_none(side.signs), or_none(side.mean), out},
       .params = params,
   };
-  lay_out(launch, simdgroups_for(out.size(2), vectors, params.steps), out.size(1), out.size(0),
-          side.format.is_none() ? side.head_dim : 0);
+  lay_out(launch, simdgroups_for(out.size(2), vectors_of(side, wide), params.steps), out.size(1),
+          out.size(0), takes_any_row(side.format, wide) ? side.head_dim : 0);
   return launch;
 }
 

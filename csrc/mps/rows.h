@@ -1,6 +1,7 @@
 // From checked tensors to kernel parameters and launches: what the ops of packed rows share.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -34,28 +35,47 @@ inline float hadamard_norm(int64_t head_dim) {
 
 inline at::Tensor or_none(const OptionalTensor& t) { return t ? *t : at::Tensor(); }
 
-/// Vectors of a packed format that a simdgroup takes at once (metal/common.h); one of format none.
-inline int64_t vectors_per_simdgroup(const Format& format, int64_t head_dim) {
+/// Vectors that a simdgroup takes at once (metal/common.h).
+inline int64_t vectors_per_simdgroup(int64_t head_dim) {
   const int64_t lanes = (head_dim + 31) / 32 * 2;
-  return format.is_none() || lanes > kLanes ? 1 : kLanes / lanes;
+  return lanes > kLanes ? 1 : kLanes / lanes;
 }
 
-/// Times that a simdgroup takes its number of vectors: with many tokens several, which share the
-/// work of finding a head's rows. Kernels of format none have no such loop (steps_of in
-/// metal/common.h).
-inline int32_t steps_for(const Side& side, int64_t tokens) {
-  const int64_t vectors = vectors_per_simdgroup(side.format, side.head_dim);
-  return !side.format.is_none() && tokens >= 32 * vectors ? 4 : 1;
+/// Whether a simdgroup takes a row of format none of any length (metal/common.h). `wide`: see
+/// is_wide.
+inline bool takes_any_row(const Format& format, bool wide) { return format.is_none() && !wide; }
+
+/// Vectors of a side that a simdgroup takes at once.
+inline int64_t vectors_of(const Side& side, bool wide) {
+  return takes_any_row(side.format, wide) ? 1 : vectors_per_simdgroup(side.head_dim);
 }
 
-/// Threadgroup memory of a simdgroup that writes: a row of format none; TurboQuant's vectors, 32
-/// elements every 36 floats (metal/turboquant.h); rows of blocks (metal/gguf.h).
-inline int64_t row_floats(const Side& side) {
-  const int64_t vectors = vectors_per_simdgroup(side.format, side.head_dim);
-  const int64_t blocks = vectors * ((side.head_dim + 31) / 32);
+/// Most times that a simdgroup takes its number of vectors, and the simdgroups that are enough for
+/// a GPU: with fewer, none takes several.
+constexpr int64_t kWriteSteps = 8;
+constexpr int64_t kReadSteps = 4;
+constexpr int64_t kEnoughSimdgroups = 1024;
+
+/// Times that a simdgroup takes its number of vectors, at most `most`: several share the work of
+/// finding a head's rows. `heads`: of all batch rows.
+inline int32_t steps_for(const Side& side, int64_t tokens, int64_t heads, bool wide, int64_t most) {
+  if (takes_any_row(side.format, wide)) return 1;
+  const int64_t each = tokens / vectors_of(side, wide);
+  int64_t steps = 1;
+  while (2 * steps <= std::min(most, each) && each * heads >= 2 * steps * kEnoughSimdgroups) {
+    steps *= 2;
+  }
+  return static_cast<int32_t>(steps);
+}
+
+/// Threadgroup memory of a simdgroup that writes: a row of format none of any length;
+/// TurboQuant's vectors, 32 elements every 36 floats (metal/turboquant.h); rows of blocks
+/// (metal/gguf.h).
+inline int64_t row_floats(const Side& side, bool wide) {
+  const int64_t vectors = vectors_of(side, wide), blocks = vectors * ((side.head_dim + 31) / 32);
   switch (side.format.family) {
     case KVQ_FAMILY_NONE:
-      return side.head_dim;
+      return wide ? 0 : side.head_dim;
     case KVQ_FAMILY_TURBOQUANT:
       return blocks * 36;
     case KVQ_FAMILY_Q8_0:
@@ -83,8 +103,10 @@ inline bool is_wide(const Side& side, const at::Tensor& dense, const at::Tensor&
   const bool gguf = side.format.family == KVQ_FAMILY_Q8_0 || side.format.family == KVQ_FAMILY_Q4_0;
   const int64_t blocks = side.head_dim % 64 == 0 ? 4 : 2;  // what rows of blocks are multiples of
   const int64_t sixteen = 2 * side.format.bits;            // bytes of sixteen codes
-  return !side.format.is_none() && side.head_dim % 16 == 0 && rows_aligned(dense, 16) &&
-         rows_aligned(codes, gguf ? blocks : sixteen & -sixteen) &&
+  const int64_t packed = gguf ? blocks : sixteen & -sixteen;
+  const bool whole = codes.size(3) <= 1 || codes.stride(3) == 1;
+  return side.head_dim % 16 == 0 && side.head_dim <= kMaxHeadDim && rows_aligned(dense, 16) &&
+         whole && rows_aligned(codes, side.format.is_none() ? 16 : packed) &&
          (!side.signs || rows_aligned(*side.signs, 16)) &&
          (!side.mean || rows_aligned(*side.mean, 16));
 }

@@ -39,6 +39,7 @@ struct Write {
   Packed packed;
   at::Tensor x;  ///< rows contiguous
   KvqDtype dtype;
+  bool wide;  ///< is_wide
 };
 
 Side check_side(const char* op, const char* prefix, const at::Tensor& x, std::string_view format,
@@ -51,9 +52,6 @@ Write make_write(const char* op, const Packed& packed, const at::Tensor& x, Side
 /// Everything the CPU ops check, in the same order.
 std::vector<Write> check_writes(const char* op, const std::vector<SideArguments>& sides,
                                 const Position& position, bool ring);
-
-/// Vectors that a simdgroup takes at once.
-int64_t vectors_of(const Write& write);
 
 /// Parameters of one side, or of K and V.
 KvqWriteParams write_params(std::initializer_list<const Write*> writes, const Position& position,

@@ -17,8 +17,9 @@ Side check_side(const char* op, const char* prefix, const at::Tensor& x, std::st
 
 Write make_write(const char* op, const Packed& packed, const at::Tensor& x, Side side) {
   const bool rows_contiguous = x.size(3) <= 1 || x.stride(3) == 1;
-  return {std::move(side), packed, rows_contiguous ? x : x.contiguous(),
-          float_dtype(op, "x", x.scalar_type())};
+  at::Tensor rows = rows_contiguous ? x : x.contiguous();
+  const bool wide = is_wide(side, rows, packed.codes);
+  return {std::move(side), packed, std::move(rows), float_dtype(op, "x", x.scalar_type()), wide};
 }
 
 std::vector<Write> check_writes(const char* op, const std::vector<SideArguments>& sides,
@@ -46,10 +47,6 @@ std::vector<Write> check_writes(const char* op, const std::vector<SideArguments>
     writes.push_back(make_write(op, sides[i].packed, sides[i].x, std::move(checked[i])));
   }
   return writes;
-}
-
-int64_t vectors_of(const Write& write) {
-  return vectors_per_simdgroup(write.side.format, write.side.head_dim);
 }
 
 KvqWriteParams write_params(std::initializer_list<const Write*> writes, const Position& position,
@@ -80,8 +77,10 @@ KvqWriteParams write_params(std::initializer_list<const Write*> writes, const Po
     params.batch = static_cast<int32_t>(write->x.size(0));
     params.tokens = static_cast<int32_t>(write->x.size(2));
     params.heads = std::max(params.heads, side.heads);
-    const int64_t floats = row_floats(write->side);
-    params.steps = std::min(params.steps, steps_for(write->side, write->x.size(2)));
+    const int64_t floats = row_floats(write->side, write->wide);
+    params.steps = std::min(
+        params.steps, steps_for(write->side, params.tokens, write->x.size(0) * write->x.size(1),
+                                write->wide, kWriteSteps));
     params.row = std::max(params.row, static_cast<int32_t>(floats));
   }
   params.ring = ring;
@@ -103,14 +102,14 @@ runtime::Launch write_launch(const Write& write, const Position& position, bool 
       .constants = {{"kvq_rotate", write.side.signs.has_value()},
                     {"kvq_centre", write.side.mean.has_value()},
                     {"kvq_head_dim", static_cast<int32_t>(write.side.head_dim)},
-                    {"kvq_wide", is_wide(write.side, write.x, write.packed.codes)},
+                    {"kvq_wide", write.wide},
                     {"kvq_scale_dtype", params.side[0].scale_dtype}},
       .buffers = {write.x, write.packed.codes, write.packed.scales, write.packed.biases,
                   position.tensor, or_none(write.side.signs), or_none(write.side.mean)},
       .params = params,
   };
-  lay_out(launch, simdgroups_for(params.tokens, vectors_of(write), params.steps), params.heads,
-          params.batch, params.row);
+  lay_out(launch, simdgroups_for(params.tokens, vectors_of(write.side, write.wide), params.steps),
+          params.heads, params.batch, params.row);
   return launch;
 }
 

@@ -65,9 +65,11 @@ struct KvqReadParams {
 
 /// kvq_hadamard_*
 struct KvqHadamardParams {
-  int32_t head_dim;  ///< D; x and the output are contiguous [vectors, D]
+  int64_t vectors;   ///< x and the output are contiguous [vectors, D]
+  int32_t head_dim;  ///< D
   int32_t block;     ///< size of the Hadamard blocks
   float norm;        ///< 1 / sqrt(block)
+  int32_t reserved;
 };
 
 /// kvq_mlx_native_dequantize
@@ -98,6 +100,6 @@ static_assert(sizeof(KvqStrides) == 24, "host and kernels must agree");
 static_assert(sizeof(KvqWriteSide) == 144, "host and kernels must agree");
 static_assert(sizeof(KvqWriteParams) == 336, "host and kernels must agree");
 static_assert(sizeof(KvqReadParams) == 112, "host and kernels must agree");
-static_assert(sizeof(KvqHadamardParams) == 12, "host and kernels must agree");
+static_assert(sizeof(KvqHadamardParams) == 24, "host and kernels must agree");
 static_assert(sizeof(KvqMlxNativeParams) == 88, "host and kernels must agree");
 static_assert(sizeof(KvqQ4KParams) == 24, "host and kernels must agree");

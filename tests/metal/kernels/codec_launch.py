@@ -18,6 +18,17 @@ from torch_kvq.codebooks import hadamard_block
 from torch_kvq.formats import KVFormat, default_scale_dtype
 
 from .. import emulator, toolchain
+from .row_layout import (
+    READ_STEPS,
+    WRITE_STEPS,
+    is_aligned,
+    is_wide,
+    row_floats,
+    steps_for,
+    takes_any_row,
+    vectors_of,
+    vectors_per_simdgroup,
+)
 
 ROOT = Path(__file__).resolve().parents[3]
 METAL = ROOT / "metal"
@@ -71,43 +82,6 @@ def bytes_of(t: torch.Tensor | None) -> np.ndarray:
         return np.zeros(256, np.uint8)
     whole = torch.empty(0, dtype=torch.uint8).set_(t.untyped_storage())
     return whole.numpy()[t.storage_offset() * t.element_size() :]
-
-
-def vectors_per_simdgroup(fmt: KVFormat, head_dim: int) -> int:
-    lanes = -(-head_dim // 32) * 2
-    return 1 if fmt.family == "none" or lanes > 32 else 32 // lanes
-
-
-def steps_for(fmt: KVFormat, tokens: int, head_dim: int) -> int:
-    many = tokens >= 32 * vectors_per_simdgroup(fmt, head_dim)
-    return 4 if many and fmt.family != "none" else 1
-
-
-def row_floats(fmt: KVFormat, head_dim: int) -> int:
-    if fmt.family == "none":
-        return head_dim
-    blocks = vectors_per_simdgroup(fmt, head_dim) * -(-head_dim // 32)
-    return {"turboquant": 36 * blocks, "gguf": (34 * blocks + 3) // 4}.get(fmt.family, 0)
-
-
-def is_aligned(t: torch.Tensor | None, size: int) -> bool:
-    """As csrc/mps/rows.h: whether rows start at multiples of so many bytes."""
-    if t is None:
-        return True
-    strides = [stride for stride, n in zip(t.stride()[:-1], t.shape, strict=False) if n > 1]
-    return all(n * t.element_size() % size == 0 for n in (t.storage_offset(), *strides))
-
-
-def is_wide(fmt, dense, codes, signs, mean) -> bool:  # type: ignore[no-untyped-def]
-    if fmt.family == "none":
-        return False
-    blocks = 4 if dense.shape[3] % 64 == 0 else 2
-    size = blocks if fmt.family == "gguf" else 2 * fmt.bits & -(2 * fmt.bits)
-    return (
-        dense.shape[3] % 16 == 0
-        and is_aligned(codes, size)
-        and all(is_aligned(t, 16) for t in (dense, signs, mean))
-    )
 
 
 def shape_constants(prefix, fmt, dense, packed, signs, mean):  # type: ignore[no-untyped-def]
@@ -174,15 +148,21 @@ def _fill_side(
     side["encoder"] = encoder == "unbiased"
 
 
-def _write_params(sides, position, ring):  # type: ignore[no-untyped-def]
+def _write_params(sides, wide, position, ring, steps):  # type: ignore[no-untyped-def]
     params = np.zeros((), structs()["KvqWriteParams"])
     for i, (fmt, packed, x, encoder) in enumerate(sides):
         _fill_side(params["side"][i], fmt, packed, x, encoder)
     first = sides[0][2]
     params["batch"], params["tokens"], params["ring"] = first.shape[0], first.shape[2], ring
     params["heads"] = max(x.shape[1] for _, _, x, _ in sides)
-    params["steps"] = min(steps_for(f, x.shape[2], x.shape[3]) for f, _, x, _ in sides)
-    params["row"] = max(row_floats(f, x.shape[3]) for f, _, x, _ in sides)
+    each = [(f, x.shape, w) for (f, _, x, _), w in zip(sides, wide, strict=True)]
+    params["steps"] = min(
+        steps_for(f, tokens, batch * heads, head_dim, w, WRITE_STEPS)
+        for f, (batch, heads, tokens, head_dim), w in each
+    )
+    if steps and not any(takes_any_row(f, w) for f, _, w in each):
+        params["steps"] = steps
+    params["row"] = max(row_floats(f, shape[3], w) for f, shape, w in each)
     if isinstance(position, torch.Tensor):
         params["position_bytes"] = position.element_size()
         params["position_stride"] = position.stride(0) if position.dim() else 0
@@ -193,18 +173,20 @@ def _write_params(sides, position, ring):  # type: ignore[no-untyped-def]
 
 def quantize_into_(
     packed: Packed, x, position, fmt, *, signs=None, mean=None, encoder="default", ring=False,
-    **options,
+    steps=None, **options,
 ):  # type: ignore[no-untyped-def]  # fmt: skip
-    params, where = _write_params([(fmt, packed, x, encoder)], position, ring)
+    constants = shape_constants("kvq_", fmt, x, packed, signs, mean)
+    wide = constants["kvq_wide"]
+    params, where = _write_params([(fmt, packed, x, encoder)], [wide], position, ring, steps)
     run(
         LIBRARIES.get(fmt.family, "dense"),
         f"kvq_quantize_{NAMES[x.dtype]}_{tag(fmt)}",
-        -(-x.shape[2] // (vectors_per_simdgroup(fmt, x.shape[3]) * int(params["steps"]))),
+        -(-x.shape[2] // (vectors_of(fmt, x.shape[3], wide) * int(params["steps"]))),
         x.shape[1],
         x.shape[0],
         int(params["row"]),
         [*map(bytes_of, (x, *packed)), where, bytes_of(signs), bytes_of(mean), params],
-        shape_constants("kvq_", fmt, x, packed, signs, mean),
+        constants,
         **options,
     )
 
@@ -222,11 +204,9 @@ def quantize(x, fmt, *, scale_dtype=None, **options):  # type: ignore[no-untyped
 
 def append_(
     k_packed, v_packed, k, v, position, k_fmt, v_fmt, *, k_signs=None, v_signs=None, k_mean=None,
-    v_mean=None, k_encoder="default", v_encoder="default", ring=False, **options,
+    v_mean=None, k_encoder="default", v_encoder="default", ring=False, steps=None, **options,
 ):  # type: ignore[no-untyped-def]  # fmt: skip
     sides = [(k_fmt, k_packed, k, k_encoder), (v_fmt, v_packed, v, v_encoder)]
-    params, where = _write_params(sides, position, ring)
-    vectors = min(vectors_per_simdgroup(f, x.shape[3]) for f, _, x, _ in sides)
     constants = {}
     for side, fmt, x, packed, signs, mean in (
         ("k", k_fmt, k, k_packed, k_signs, k_mean),
@@ -238,6 +218,9 @@ def append_(
             f"kvq_{side}_group": fmt.group_size,
             **shape_constants(f"kvq_{side}_", fmt, x, packed, signs, mean),
         }
+    wide = [constants["kvq_k_wide"], constants["kvq_v_wide"]]
+    params, where = _write_params(sides, wide, position, ring, steps)
+    vectors = min(vectors_of(f, x.shape[3], w) for (f, _, x, _), w in zip(sides, wide, strict=True))
     buffers = (k, *k_packed, k_signs, k_mean, v, *v_packed, v_signs, v_mean)
     run(
         "append",
@@ -254,14 +237,17 @@ def append_(
 
 def dequantize(
     packed: Packed, fmt, *, signs=None, mean=None, dtype=torch.float32, start=0, length=None,
-    **options,
+    steps=None, **options,
 ):  # type: ignore[no-untyped-def]  # fmt: skip
     codes, scales, _ = packed
     head_dim = fmt.head_dim(codes.shape[3])
     length = codes.shape[2] - start if length is None else length
     out = torch.full((*codes.shape[:2], length, head_dim), math.nan, dtype=dtype)
-    vectors = vectors_per_simdgroup(fmt, head_dim)
-    steps = steps_for(fmt, length, head_dim)
+    constants = shape_constants("kvq_", fmt, out, packed, signs, mean)
+    wide = constants["kvq_wide"]
+    heads = codes.shape[0] * codes.shape[1]
+    default_steps = steps_for(fmt, length, heads, head_dim, wide, READ_STEPS)
+    steps = steps if steps and not takes_any_row(fmt, wide) else default_steps
     params = np.zeros((), structs()["KvqReadParams"])
     for name, t in zip(("codes", "scales", "biases"), packed, strict=True):
         set_strides(params[name], t)
@@ -275,12 +261,12 @@ def dequantize(
     run(
         LIBRARIES.get(fmt.family, "dense"),
         f"kvq_dequantize_{NAMES[dtype]}_{tag(fmt)}",
-        -(-length // (vectors * steps)),
+        -(-length // (vectors_of(fmt, head_dim, wide) * steps)),
         codes.shape[1],
         codes.shape[0],
-        head_dim if fmt.family == "none" else 0,
+        head_dim if takes_any_row(fmt, wide) else 0,
         [*map(bytes_of, (*packed, signs, mean)), out, params],
-        shape_constants("kvq_", fmt, out, packed, signs, mean),
+        constants,
         **options,
     )
     return out
@@ -291,15 +277,22 @@ def hadamard(x, signs=None, inverse=False, **options):  # type: ignore[no-untype
     params = np.zeros((), structs()["KvqHadamardParams"])
     params["head_dim"], params["block"] = x.shape[-1], hadamard_block(x.shape[-1])
     params["norm"] = 1 / math.sqrt(hadamard_block(x.shape[-1]))
+    params["vectors"] = vectors = x.numel() // x.shape[-1]
+    wide = x.shape[-1] % 16 == 0 and is_aligned(x, 16) and is_aligned(signs, 16)
     run(
         "hadamard",
         f"kvq_hadamard_{NAMES[x.dtype]}",
-        x.numel() // x.shape[-1],
+        -(-vectors // (vectors_per_simdgroup(x.shape[-1]) if wide else 1)),
         1,
         1,
-        x.shape[-1],
+        0 if wide else x.shape[-1],
         [x, bytes_of(signs), out, params],
-        {"kvq_signs": signs is not None, "kvq_inverse": inverse},
+        {
+            "kvq_signs": signs is not None,
+            "kvq_inverse": inverse,
+            "kvq_head_dim": x.shape[-1],
+            "kvq_wide": wide,
+        },
         **options,
     )
     return out
