@@ -43,8 +43,7 @@ inline KvqSpan kvq_row_span(constant KvqAttentionParams& p, long length, long st
 }
 
 /// Those of them that query number `query` sees.
-inline KvqSpan kvq_query_span(constant KvqAttentionParams& p, KvqSpan row, long length,
-                              uint query) {
+inline KvqSpan kvq_query_span(KvqAttentionParams p, KvqSpan row, long length, uint query) {
   const long position = length - long(p.queries) + long(query);
   if (p.window > 0) row.first = max(row.first, position - p.window + 1);
   if (p.causal != 0) row.last = min(row.last, position + 1);
@@ -80,9 +79,10 @@ inline KvqTokens kvq_tokens(constant KvqAttentionParams& p, KvqSpan row, long le
 }
 
 inline uint kvq_slot(thread const KvqTokens& tokens, uint token) {
-  // At most once around the ring. The sum cannot overflow: both terms are below 2^31.
+  // At most once around the ring. The sum cannot overflow: both terms are below 2^31; a difference
+  // below 0 is larger than either.
   const uint slot = tokens.slot + token;
-  return slot >= tokens.capacity ? slot - tokens.capacity : slot;
+  return min(slot, slot - tokens.capacity);
 }
 
 /// One head's packed rows, or one packed row.
@@ -119,8 +119,7 @@ struct KvqRow {
   uint query;
   uint head;
 };
-inline KvqRow kvq_row(constant KvqAttentionParams& p, uint group, uint m) {
-  const uint repeat = p.heads / p.groups;
+inline KvqRow kvq_row(uint repeat, uint group, uint m) {
   return {m / repeat, group * repeat + m % repeat};
 }
 /// Number of the row in out and lse, [B, H, L].
@@ -129,7 +128,7 @@ inline ulong kvq_out_row(constant KvqAttentionParams& p, uint batch, KvqRow row)
 }
 
 /// Where the row's mask begins.
-inline long kvq_mask_row(constant KvqAttentionParams& p, uint batch, KvqRow row) {
+inline long kvq_mask_row(KvqAttentionParams p, uint batch, KvqRow row) {
   return long(batch) * p.mask_batch + long(row.head) * p.mask_head + long(row.query) * p.mask_query;
 }
 
@@ -139,8 +138,9 @@ struct KvqShaping {
   uint mask_kind;
   long mask_columns, mask_column;
 };
-inline KvqShaping kvq_shaping(constant KvqAttentionParams& p) {
-  return {p.softcap, 1.0f / p.softcap, p.mask_kind, p.mask_columns, p.mask_column};
+inline KvqShaping kvq_shaping(KvqAttentionParams p) {
+  return {p.softcap, 1.0f / (p.softcap > 0.0f ? p.softcap : 1.0f), p.mask_kind, p.mask_columns,
+          p.mask_column};
 }
 
 /// A score as the softmax sees it: softcap, then mask. `seen` is cleared where the mask hides.
@@ -166,8 +166,7 @@ inline float kvq_finish_score(KvqShaping p, device const uchar* mask, long mask_
 }
 
 /// Column of the mask that belongs to token 0: masks narrower than the sequence are aligned right.
-inline long kvq_mask_origin(constant KvqAttentionParams& p, thread const KvqTokens& tokens,
-                            long length) {
+inline long kvq_mask_origin(KvqAttentionParams p, thread const KvqTokens& tokens, long length) {
   return tokens.first - max(length - p.mask_columns, 0l);
 }
 
@@ -183,11 +182,12 @@ struct KvqSeen {
 
 /// Rows past the last of a KV head repeat it.
 template <uint R>
-inline void kvq_fill_seen(threadgroup KvqSeen<R>& seen, constant KvqAttentionParams& p,
-                          KvqSpan span, long length, thread const KvqTokens& tokens, uint batch,
-                          uint group, uint first_row, uint all_rows, uint thread_index) {
+inline void kvq_fill_seen(threadgroup KvqSeen<R>& seen, KvqAttentionParams p, KvqSpan span,
+                          long length, thread const KvqTokens& tokens, uint batch, uint group,
+                          uint first_row, uint thread_index) {
   if (thread_index < R) {
-    const KvqRow row = kvq_row(p, group, min(first_row + thread_index, all_rows - 1));
+    const uint repeat = p.repeat, last = p.queries * repeat - 1;
+    const KvqRow row = kvq_row(repeat, group, min(first_row + thread_index, last));
     const KvqSpan own = kvq_query_span(p, span, length, row.query);
     seen.first[thread_index] = uint(clamp(own.first - tokens.first, 0l, long(tokens.count)));
     seen.last[thread_index] = uint(clamp(own.last - tokens.first, 0l, long(tokens.count)));
@@ -224,31 +224,109 @@ inline float kvq_see(threadgroup const KvqSeen<R>& seen, device const uchar* mas
                           seen.mask_origin + long(min(token, end - 1)), score, visible);
 }
 
-/// Block Walsh-Hadamard transform of `rows` rows of `dim` floats, orthonormal, with the signs of
-/// a rotated format before (forward) or after (inverse). All threads of the threadgroup call it.
-/// It begins with a barrier; after it each thread may read x[thread_index + n * threads], and the
-/// rest after another barrier.
-inline void kvq_rotate(threadgroup float* x, uint dim, uint rows, device const float* signs,
-                       bool inverse, uint thread_index) {
-  const uint block = dim & (0u - dim);
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-  if (!inverse) {
-    for (uint i = thread_index; i < rows * dim; i += KVQ_ATTENTION_THREADS) x[i] *= signs[i % dim];
-    threadgroup_barrier(mem_flags::mem_threadgroup);
+/// 1 / sqrt(block) of a power of two.
+constexpr float kvq_hadamard_norm(uint block) {
+  float norm = 1.0f;
+  for (; block >= 4; block /= 4) norm *= 0.5f;
+  return block == 2 ? norm * 0.707106781187f : norm;
+}
+
+/// A row of D elements in the registers of a simdgroup: a lane's x[i] is element lane + 32 i.
+template <uint D>
+struct KvqLaneRow {
+  KVQ_CONST uint kCount = (D + 31) / 32;
+  KVQ_CONST bool kWhole = D % 32 == 0;
+  float x[kCount];
+
+  static inline bool has(uint i, uint lane) { return kWhole || 32 * i + lane < D; }
+  /// Where element i lies; of one past the end, the last.
+  static inline uint at(uint i, uint lane) {
+    return kWhole ? 32 * i + lane : min(32 * i + lane, D - 1);
   }
-  for (uint step = 1; step < block; step *= 2) {
-    for (uint i = thread_index; i < rows * dim / 2; i += KVQ_ATTENTION_THREADS) {
-      const uint j = 2 * i - i % step;  // i / step * 2 * step + i % step
-      const float a = x[j], b = x[j + step];
-      x[j] = a + b;
-      x[j + step] = a - b;
+  static inline void load(thread float* to, device const float* from, uint lane) {
+    KVQ_UNROLL for (uint i = 0; i < kCount; ++i) to[i] = from[at(i, lane)];
+  }
+  void multiply(thread const float* y) thread {
+    KVQ_UNROLL for (uint i = 0; i < kCount; ++i) x[i] *= y[i];
+  }
+  /// The block Walsh-Hadamard transform, orthonormal. What lies past the end stays there.
+  void transform(uint lane) thread {
+    constexpr uint block = D & (0u - D);
+    constexpr float norm = kvq_hadamard_norm(block);
+    KVQ_UNROLL for (uint step = 1; step < kvq_least(block, 32); step *= 2) {
+      const float sign = (lane & step) != 0 ? -1.0f : 1.0f;
+      KVQ_UNROLL for (uint i = 0; i < kCount; ++i) {
+        x[i] = fma(x[i], sign, simd_shuffle_xor(x[i], ushort(step)));
+      }
     }
-    threadgroup_barrier(mem_flags::mem_threadgroup);
+    KVQ_UNROLL for (uint step = 1; step < block / 32; step *= 2) {
+      KVQ_UNROLL for (uint i = 0; i < kCount; ++i) {
+        if ((i & step) != 0) continue;
+        const float a = x[i], b = x[i + step];
+        x[i] = a + b;
+        x[i + step] = a - b;
+      }
+    }
+    KVQ_UNROLL for (uint i = 0; i < kCount; ++i) x[i] *= norm;
   }
-  const float norm = 1.0f / sqrt(float(block));
-  for (uint i = thread_index; i < rows * dim; i += KVQ_ATTENTION_THREADS) {
-    x[i] *= inverse ? norm * signs[i % dim] : norm;
+};
+
+/// The queries of R rows, loaded before anything waits and prepared later. Simdgroup s has kRows
+/// rows, from s kRows on, where there are as many. Rows past the last of a KV head repeat it.
+template <typename T, uint D, uint R>
+struct KvqQueries {
+  typedef KvqLaneRow<D> Row;
+  KVQ_CONST uint kSimdgroups = KVQ_ATTENTION_THREADS / 32;
+  KVQ_CONST uint kRows = (R + kSimdgroups - 1) / kSimdgroups;
+  T x[kRows][Row::kCount];
+  float signs[Row::kCount];
+  bool rotated;
+
+  void load(KvqAttentionParams p, device const T* query, device const float* k_signs, uint batch,
+            uint group, uint first_row, uint simdgroup, uint lane) thread {
+    const uint repeat = p.repeat, last = p.queries * repeat - 1;
+    KVQ_UNROLL for (uint j = 0; j < kRows; ++j) {
+      const KvqRow row = kvq_row(repeat, group, min(first_row + simdgroup * kRows + j, last));
+      device const T* from = query + long(batch) * p.query_batch + long(row.head) * p.query_head +
+                             long(row.query) * p.query_token;
+      KVQ_UNROLL for (uint i = 0; i < Row::kCount; ++i) x[j][i] = from[Row::at(i, lane)];
+    }
+    rotated = p.k.rotated != 0;
+    if (rotated) Row::load(signs, k_signs, lane);
   }
+  /// The simdgroup's rows times `scale`, as they meet packed keys, and their products with the
+  /// mean, if there is one. All at once: compilers put off loads of rows that come later.
+  void get(float scale, bool centred, device const float* mean, uint lane, thread Row* rows,
+           thread float* mean_scores) const thread {
+    KVQ_UNROLL for (uint j = 0; j < kRows; ++j) {
+      mean_scores[j] = 0.0f;
+      KVQ_UNROLL for (uint i = 0; i < Row::kCount; ++i) {
+        rows[j].x[i] = Row::has(i, lane) ? float(x[j][i]) * scale : 0.0f;
+      }
+    }
+    if (centred) {
+      KVQ_UNROLL for (uint j = 0; j < kRows; ++j) {
+        KVQ_UNROLL for (uint i = 0; i < Row::kCount; ++i) {
+          mean_scores[j] = fma(rows[j].x[i], mean[Row::at(i, lane)], mean_scores[j]);
+        }
+        mean_scores[j] = simd_sum(mean_scores[j]);
+      }
+    }
+    if (rotated) {
+      KVQ_UNROLL for (uint j = 0; j < kRows; ++j) {
+        rows[j].multiply(signs);
+        rows[j].transform(lane);
+      }
+    }
+  }
+};
+
+/// Sum of a row's elements in group g of GROUPS.
+template <uint GROUPS, uint D>
+inline float kvq_group_sum(KvqLaneRow<D> row, uint g) {
+  float sum = 0.0f;
+  KVQ_UNROLL for (uint i = 0; i < D / 32; ++i) sum += i * GROUPS / (D / 32) == g ? row.x[i] : 0.0f;
+  return simd_sum(sum);
 }
 
 /// Ends a row whose softmax so far has the maximum m and the sum l: takes the sink in. Outputs
@@ -267,37 +345,50 @@ inline float3 kvq_end_row(float m, float l, bool has_sink, float sink) {
   return float3(share, l * share, m + log(total));
 }
 
-/// Writes `rows` rows from first_row on, of which threadgroup memory holds the sums x, maxima m
-/// and weights l: as they are for the merge pass, or finished. A barrier
-/// precedes the call.
-template <typename T, uint DV>
-inline void kvq_write_rows(constant KvqAttentionParams& p, threadgroup float* x,
-                           threadgroup const float* m, threadgroup const float* l, uint rows,
-                           uint first_row, uint batch, uint group, uint split,
-                           device const float* sinks, device const float* v_signs,
-                           device const float* v_mean, device T* out, device float* lse,
-                           device float* partial, uint thread_index) {
-  const uint all_rows = p.queries * (p.heads / p.groups);
-  if (p.splits == 1 && p.v.rotated != 0) kvq_rotate(x, DV, rows, v_signs, true, thread_index);
-  for (uint i = thread_index; i < rows * DV; i += KVQ_ATTENTION_THREADS) {
-    const uint r = i / DV, d = i % DV;
-    if (first_row + r >= all_rows) break;
-    const KvqRow row = kvq_row(p, group, first_row + r);
+/// Writes R rows from first_row on, of which threadgroup memory holds the sums x, `stride` apart,
+/// maxima m and weights l: as they are for the merge pass, or finished. A barrier precedes the
+/// call.
+template <typename T, uint DV, uint R>
+inline void kvq_write_rows(constant KvqAttentionParams& p, threadgroup const float* x, uint stride,
+                           threadgroup const float* m, threadgroup const float* l, uint first_row,
+                           uint batch, uint group, uint split, device const float* sinks,
+                           device const float* v_signs, device const float* v_mean, device T* out,
+                           device float* lse, device float* partial, uint simdgroup, uint lane) {
+  typedef KvqLaneRow<DV> Row;
+  constexpr uint simdgroups = KVQ_ATTENTION_THREADS / 32;
+  const uint repeat = p.repeat, all_rows = p.queries * repeat;
+  const uint rows = all_rows > first_row ? min(R, all_rows - first_row) : 0;
+  for (uint r = simdgroup; r < rows; r += simdgroups) {
+    const KvqRow row = kvq_row(repeat, group, first_row + r);
     const ulong number = kvq_out_row(p, batch, row);
+    Row y;
+    KVQ_UNROLL for (uint i = 0; i < Row::kCount; ++i) y.x[i] = x[r * stride + Row::at(i, lane)];
     if (p.splits > 1) {
       device float* to = partial + (number * p.splits + split) * (DV + 2);
-      to[d] = x[i];
-      if (d == 0) {
+      KVQ_UNROLL for (uint i = 0; i < Row::kCount; ++i) {
+        if (Row::has(i, lane)) to[32 * i + lane] = y.x[i];
+      }
+      if (lane == 0) {
         to[DV] = m[r];
         to[DV + 1] = l[r];
       }
-    } else {
-      const bool has_sink = p.has_sinks != 0;
-      const float3 end = kvq_end_row(m[r], l[r], has_sink, has_sink ? sinks[row.head] : 0.0f);
-      float y = end.x * x[i];
-      if (p.v.centred != 0) y += end.y * v_mean[ulong(group) * DV + d];
-      out[number * DV + d] = T(y);
-      if (d == 0) lse[number] = end.z;
+      continue;
     }
+    if (p.v.rotated != 0) {
+      float signs[Row::kCount];
+      Row::load(signs, v_signs, lane);
+      y.transform(lane);
+      y.multiply(signs);
+    }
+    const bool has_sink = p.has_sinks != 0;
+    const float3 end = kvq_end_row(m[r], l[r], has_sink, has_sink ? sinks[row.head] : 0.0f);
+    KVQ_UNROLL for (uint i = 0; i < Row::kCount; ++i) {
+      if (!Row::has(i, lane)) continue;
+      const uint d = 32 * i + lane;
+      float finished = end.x * y.x[i];
+      if (p.v.centred != 0) finished += end.y * v_mean[ulong(group) * DV + d];
+      out[number * DV + d] = T(finished);
+    }
+    if (lane == 0) lse[number] = end.z;
   }
 }

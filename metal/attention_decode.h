@@ -28,16 +28,20 @@ struct KvqKeyShape {
   KVQ_CONST uint kUnpack = kChunk % 4 == 0 ? 4 : kChunk;  ///< elements at a time
 };
 
-/// Shape of the value phase.
-template <typename F, uint DV, uint R>
+/// Shape of the value phase, for queries of T.
+template <typename T, typename F, uint DV, uint R>
 struct KvqValueShape {
-  KVQ_CONST uint kWanted = R <= 2 ? 32 : R == 4 ? 16 : 8;  ///< R * kWanted sums a lane: 64 at most
+  /// Of eight bits, where that does not make the sums of float queries longer: more rows of fewer
+  /// elements, which takes fewer registers.
+  KVQ_CONST bool kNarrow = R <= 2 && F::kBits == 8 && sizeof(T) == 2;
+  KVQ_CONST uint kWide = kNarrow ? 16 : 32;
+  KVQ_CONST uint kWanted = R <= 2 ? kWide : R == 4 ? 16 : 8;  ///< R * kWanted sums: 64 at most
   KVQ_CONST uint kChunk = kvq_value_chunk(DV, kvq_least(F::kMaxChunk, kWanted));
   KVQ_CONST uint kLanes = DV / kChunk;  ///< lanes that share a row
   KVQ_CONST uint kRows = 32 / kLanes;   ///< rows that a simdgroup reads at once
   KVQ_CONST uint kUnpack = kChunk % 8 == 0 ? 8 : kChunk;
-  KVQ_CONST uint kInFlight =
-      kvq_least(4, 32 / kRows);  ///< rows that a lane loads before it uses one
+  /// Rows that a lane loads before it uses one.
+  KVQ_CONST uint kInFlight = kvq_least(kNarrow ? 8 : 4, 32 / kRows);
 };
 
 /// Queries in threadgroup memory: per chunk [kChunk][R], padded against bank conflicts.
@@ -159,7 +163,7 @@ template <typename T, typename KF, typename VF, uint D, uint DV, uint R, bool AL
     uint thread_index [[thread_index_in_threadgroup]],
     uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
   typedef KvqKeyShape<KF, D> K;
-  typedef KvqValueShape<VF, DV, R> V;
+  typedef KvqValueShape<T, VF, DV, R> V;
   typedef KvqQueryTile<KF, D, R> Q;
   typedef KvqChunk<KF, D, K::kChunk, ALIGNED> KChunk;
   typedef KvqChunk<VF, DV, V::kChunk, ALIGNED> VChunk;
@@ -181,9 +185,11 @@ template <typename T, typename KF, typename VF, uint D, uint DV, uint R, bool AL
   threadgroup float k_table[kvq_most(KF::kTable, 1)], v_table[kvq_most(VF::kTable, 1)];
   threadgroup float* rows = reinterpret_cast<threadgroup float*>(tile);
 
+  // What is needed of the parameters before the first scores is read before the first keys.
+  const KvqAttentionParams early = p;
   const uint split = position.x, first_row = position.y * R;
   const uint batch = position.z / p.groups, group = position.z % p.groups;
-  const uint repeat = p.heads / p.groups, all_rows = p.queries * repeat;
+  const uint repeat = p.repeat, all_rows = p.queries * repeat;
   const KvqRows keys = kvq_rows(p.k, k_codes, k_scales, k_biases, batch, group);
   const KvqRows values = kvq_rows(p.v, v_codes, v_scales, v_biases, batch, group);
   const long length = kvq_bound(kv_length, p.kv_length, batch);
@@ -199,6 +205,10 @@ template <typename T, typename KF, typename VF, uint D, uint DV, uint R, bool AL
   const uint v_chunk = lane % V::kLanes, v_token = lane / V::kLanes;
   const uint v_at = VF::template offset<V::kChunk>(v_chunk);
 
+  kvq_fill_seen(seen, early, span, length, tokens, batch, group, first_row, thread_index);
+  // The queries first: loads return in order.
+  KvqQueries<T, D, R> queries;
+  queries.load(early, query, k_signs, batch, group, first_row, simdgroup, lane);
   // Keys are loaded as soon as those before them are used, a block ahead; values ahead of the
   // scores of their own block, or as keys are, whichever was measured faster.
   constexpr bool ahead = VF::kTable > 0 || VF::kBits == 8;
@@ -212,36 +222,37 @@ template <typename T, typename KF, typename VF, uint D, uint DV, uint R, bool AL
     kvq_load_chunks<K::kLanes, 1>(key, tokens, t + k_token, keys,
                                   KF::template offset<K::kChunk>(k_chunk));
     key_scales.load(kvq_token_row(tokens, t + lane, keys));
-    if (ahead) {
-      kvq_load_chunks<V::kInFlight, V::kRows>(value, tokens, t + v_token, values, v_at);
-      value_scales.load(kvq_token_row(tokens, t + lane, values));
-    }
   }
 
   kvq_fill_table<KF>(k_table, thread_index);
   kvq_fill_table<VF>(v_table, thread_index);
 
-  // Queries, scaled and rotated. Rows past the last repeat it; they are not written out.
-  for (uint i = thread_index; i < R * D; i += KVQ_ATTENTION_THREADS) {
-    const KvqRow row = kvq_row(p, group, min(first_row + i / D, all_rows - 1));
-    const long from = long(batch) * p.query_batch + long(row.head) * p.query_head +
-                      long(row.query) * p.query_token;
-    rows[i] = float(query[from + i % D]) * p.scale;
+  // Queries, scaled and rotated.
+  typedef KvqQueries<T, D, R> Queries;
+  KvqLaneRow<D> own[Queries::kRows];
+  float mean[Queries::kRows];
+  queries.get(early.scale, early.k.centred != 0, k_mean + ulong(group) * D, lane, own, mean);
+  // Values after the queries have come, so that keys come before them.
+  if (ahead && tokens.begin < tokens.end) {
+    const uint t = tokens.begin + simdgroup * 32;
+    kvq_load_chunks<V::kInFlight, V::kRows>(value, tokens, t + v_token, values, v_at);
+    value_scales.load(kvq_token_row(tokens, t + lane, values));
   }
-  kvq_fill_seen(seen, p, span, length, tokens, batch, group, first_row, all_rows, thread_index);
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-  for (uint r = simdgroup; r < R; r += simdgroups) {
-    float sum = 0.0f;
-    if (p.k.centred != 0) {
-      for (uint d = lane; d < D; d += 32) sum += rows[r * D + d] * k_mean[ulong(group) * D + d];
+  KVQ_UNROLL for (uint j = 0; j < Queries::kRows; ++j) {
+    const uint r = simdgroup * Queries::kRows + j;
+    const bool counts = R % simdgroups == 0 || r < R;
+    if (KF::kBiased) {
+      KVQ_UNROLL for (uint g = 0; g < KScales::kGroups; ++g) {
+        const float sum = kvq_group_sum<KScales::kGroups>(own[j], g);
+        if (counts && lane == 0) query_sum[g * R + r] = sum;
+      }
     }
-    sum = simd_sum(sum);
-    if (lane == 0) mean_score[r] = sum;
+    if (counts && lane == 0) mean_score[r] = mean[j];
+    KVQ_UNROLL for (uint i = 0; i < KvqLaneRow<D>::kCount; ++i) {
+      if (counts && KvqLaneRow<D>::has(i, lane)) rows[r * D + 32 * i + lane] = own[j].x[i];
+    }
   }
-  if (p.k.rotated != 0) {
-    kvq_rotate(rows, D, R, k_signs, false, thread_index);
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
   // From plain rows to the order of the packed codes, in place: through registers.
   constexpr uint per_thread = (R * D + KVQ_ATTENTION_THREADS - 1) / KVQ_ATTENTION_THREADS;
   float mine[per_thread];
@@ -250,14 +261,6 @@ template <typename T, typename KF, typename VF, uint D, uint DV, uint R, bool AL
     const uint chunk = i / R / K::kChunk;
     if (i < R * D)
       mine[j] = rows[i % R * D + KF::template element<K::kChunk>(chunk, i / R % K::kChunk)];
-  }
-  if (KF::kBiased) {
-    constexpr uint size = D / KScales::kGroups;
-    for (uint i = thread_index; i < KScales::kGroups * R; i += KVQ_ATTENTION_THREADS) {
-      float sum = 0.0f;
-      for (uint d = 0; d < size; ++d) sum += rows[i % R * D + i / R * size + d];
-      query_sum[i] = sum;
-    }
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
   KVQ_UNROLL for (uint j = 0; j < per_thread; ++j) {
@@ -268,7 +271,7 @@ template <typename T, typename KF, typename VF, uint D, uint DV, uint R, bool AL
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
   const uint2 plain_tokens = kvq_plain_tokens(seen, tokens.end);
-  const uint magic = p.magic;
+  const uint magic = early.magic;
   threadgroup float* w = weights[simdgroup];
   threadgroup float2* scales = shared_scales[simdgroup];
 
@@ -474,6 +477,6 @@ template <typename T, typename KF, typename VF, uint D, uint DV, uint R, bool AL
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
   }
-  kvq_write_rows<T, DV>(p, rows, row_m, row_l, R, first_row, batch, group, split, sinks, v_signs,
-                        v_mean, out, lse, partial, thread_index);
+  kvq_write_rows<T, DV, R>(p, rows, DV, row_m, row_l, first_row, batch, group, split, sinks,
+                           v_signs, v_mean, out, lse, partial, simdgroup, lane);
 }

@@ -12,7 +12,7 @@
 //  3. values: tile of values [8 elements, 8 tokens] times weights [8 tokens, 8 rows], which are
 //     the scores' matrices again.
 // Codes are exact in float16. Queries are scaled by a power of two to suit it; weights, times the
-// scale of the value, are at most e^10 and mostly below e^2. Sums are float.
+// scale of the value, are at most 2^14 and mostly below 2^3. Sums are float.
 //
 // Metal does not say which elements of a matrix a lane holds, so the kernel looks: it loads a
 // matrix of indices. It relies on one row and two neighbouring columns, which Apple's own kernels
@@ -85,27 +85,17 @@ struct KvqMatrixTile {
   void clear_scales() thread { KVQ_UNROLL for (uint i = 0; i < Scales::kWords; ++i) scales[i] = 0; }
 };
 
-/// Slots of token t and its neighbours.
-struct KvqSlots {
-  uint first, token, last;
-  bool whole;  ///< the block's slots are neighbours
-
-  uint at(thread const KvqTokens& tokens, uint i) const thread {
-    return whole ? first + i : kvq_slot(tokens, min(token + i, last));
-  }
-};
-inline KvqSlots kvq_slots(thread const KvqTokens& tokens, uint t, uint block) {
-  const uint last = tokens.end - 1, first = kvq_slot(tokens, min(t, last));
-  return {first, t, last, t + block <= tokens.end && first + block <= tokens.capacity};
+/// The slot of token t, or of the last one.
+inline uint kvq_token_slot(thread const KvqTokens& tokens, uint t) {
+  return kvq_slot(tokens, min(t, tokens.end - 1));
 }
 
 /// Loads a lane's part of the keys of the block at token t: of each tile what token `row` has.
 template <uint TILES, typename Tile>
 inline void kvq_load_keys(thread Tile* key, thread const KvqTokens& tokens, uint t, KvqRows keys,
                           device const uchar* chunk, uint row) {
-  const KvqSlots slots = kvq_slots(tokens, t, 8 * TILES);
   KVQ_UNROLL for (uint i = 0; i < TILES; ++i) {
-    const uint slot = slots.at(tokens, 8 * i + row);
+    const uint slot = kvq_token_slot(tokens, t + 8 * i + row);
     key[i].load_codes(chunk, keys.codes_token, slot, 0);
     key[i].load_scales(keys, slot);
   }
@@ -115,31 +105,47 @@ inline void kvq_load_keys(thread Tile* key, thread const KvqTokens& tokens, uint
 template <uint TILES, typename Tile>
 inline void kvq_load_values(thread Tile* value, thread const KvqTokens& tokens, uint t,
                             KvqRows values, device const uchar* chunk, uint row, uint column) {
-  const KvqSlots slots = kvq_slots(tokens, t, 8 * TILES);
   KVQ_UNROLL for (uint i = 0; i < TILES; ++i) {
     KVQ_UNROLL for (uint k = 0; k < 2; ++k) {
-      value[i].load_codes(chunk, values.codes_token, slots.at(tokens, 8 * i + column + k), k);
+      value[i].load_codes(chunk, values.codes_token, kvq_token_slot(tokens, t + 8 * i + column + k),
+                          k);
     }
-    value[i].load_scales(values, slots.at(tokens, 8 * i + row));
+    value[i].load_scales(values, kvq_token_slot(tokens, t + 8 * i + row));
   }
 }
 
-/// A maximum is replaced by one that exceeds it by this much...
-#define KVQ_MATRIX_RESCALE 10.0f
+/// A maximum is replaced by one that exceeds it by this much, a power of two...
+#define KVQ_MATRIX_RESCALE 14.0f
 /// ...and is then set this much below, so that smaller weights keep their bits in float16.
-#define KVQ_MATRIX_ROOM 2.0f
+#define KVQ_MATRIX_ROOM 3.0f
 
-/// Sums x over the eight tokens of a tile, for both columns. `scratch` has 64 floats; its lanes'
-/// elements do not overlap.
-inline float2 kvq_sum_tokens(float2 x, threadgroup float* scratch, uint row, uint column) {
+#define KVQ_LN2 0.69314718056f
+
+/// A score in powers of two. What would overflow is the lowest number, as a mask may make it.
+inline float kvq_to_log2(float score) { return score < -2.35e38f ? KVQ_LOWEST : score * KVQ_LOG2E; }
+
+/// Rows with strides from threadgroup memory: of one that stays in a register through a loop,
+/// compilers make 64 bits and multiply all of them.
+inline KvqRows kvq_with_strides(KvqRows rows, threadgroup const uint* strides) {
+  return {rows.codes, rows.scales, rows.biases, strides[0], strides[1], strides[2]};
+}
+
+/// Puts a lane's elements of a matrix into the simdgroup's `scratch` of 64 floats, where all of
+/// them may then be read.
+inline void kvq_spread(float2 x, threadgroup float* scratch, uint row, uint column) {
   simdgroup_barrier(mem_flags::mem_threadgroup);
   scratch[row * 8 + column] = x.x;
   scratch[row * 8 + column + 1] = x.y;
   simdgroup_barrier(mem_flags::mem_threadgroup);
+}
+
+/// Sums x over the eight tokens of a tile, for both columns.
+inline float2 kvq_sum_tokens(float2 x, threadgroup float* scratch, uint row, uint column) {
+  kvq_spread(x, scratch, row, column);
+  // From one address: with several, compilers keep them all through the loop over tokens.
+  threadgroup const float* from = scratch + column;
   float2 sum = float2(0.0f);
-  for (uint i = 0; i < 64; i += 8) {
-    sum += float2(scratch[i + column], scratch[i + column + 1]);
-  }
+  KVQ_UNROLL for (uint i = 0; i < 64; i += 8) sum += float2(from[i], from[i + 1]);
   return sum;
 }
 
@@ -157,22 +163,26 @@ template <typename T, typename KF, typename VF, uint D, uint DV, uint R, bool AL
   constexpr uint simdgroups = KVQ_ATTENTION_THREADS / 32;
   constexpr uint tiles = 2;  // of tokens in a block
   constexpr uint block = 8 * tiles;
-  constexpr uint columns = R / 8;                   // matrices that hold the rows
-  threadgroup float rows[R * kvq_most(D, DV + 1)];  // plain rows: queries, at the end sums
+  constexpr uint columns = R / 8;       // matrices that hold the rows
+  constexpr uint query_stride = D + 5;  // queries of two rows: lanes find their banks free
+  constexpr uint sum_stride = DV + 1;
+  threadgroup float rows[R * kvq_most(query_stride, sum_stride)];  // queries, at the end sums
   threadgroup float query_sum[K::kGroups * R];
-  threadgroup float query_factor[R], mean_score[R];
+  threadgroup float row_factor[R], mean_score[R];
   threadgroup KvqSeen<R> seen;
   threadgroup float scratch[simdgroups][64];
   threadgroup float group_m[simdgroups][R], group_l[simdgroups][R];
   threadgroup float row_m[R], row_l[R];
+  threadgroup uint strides[6];
   // One codebook may serve both.
   constexpr uint v_entries = VF::kTable == KF::kTable ? 0 : VF::kHalfTable * VF::kCopies;
   threadgroup uint tables[kvq_most(KF::kHalfTable * KF::kCopies + v_entries, 1)];
-  threadgroup half places[64];
 
+  // What is needed of the parameters before the first scores is read before the first keys.
+  const KvqAttentionParams early = p;
   const uint split = position.x, first_row = position.y * R;
   const uint batch = position.z / p.groups, group = position.z % p.groups;
-  const uint repeat = p.heads / p.groups, all_rows = p.queries * repeat;
+  const uint repeat = p.repeat, all_rows = p.queries * repeat;
   const KvqRows keys = kvq_rows(p.k, k_codes, k_scales, k_biases, batch, group);
   const KvqRows values = kvq_rows(p.v, v_codes, v_scales, v_biases, batch, group);
   const long length = kvq_bound(kv_length, p.kv_length, batch);
@@ -182,11 +192,13 @@ template <typename T, typename KF, typename VF, uint D, uint DV, uint R, bool AL
       kvq_tokens(p, span, length, first_row / repeat, (min(first_row + R, all_rows) - 1) / repeat,
                  split, block * simdgroups);
 
-  if (thread_index < 64) places[thread_index] = half(thread_index);
-  threadgroup_barrier(mem_flags::mem_threadgroup);
   // This lane's place in a matrix.
-  KvqHalfMatrix place;
-  simdgroup_load(place, places, 8);
+  threadgroup float* own_scratch = scratch[simdgroup];
+  own_scratch[lane] = float(lane);
+  own_scratch[lane + 32] = float(lane + 32);
+  simdgroup_barrier(mem_flags::mem_threadgroup);
+  KvqFloatMatrix place;
+  simdgroup_load(place, own_scratch, 8);
   const uint at = uint(kvq_elements(place).x), row = at / 8, column = at % 8;
 
   device const uchar* key_chunk = keys.codes + KF::template offset<K::kChunk>(column / 2);
@@ -196,54 +208,67 @@ template <typename T, typename KF, typename VF, uint D, uint DV, uint R, bool AL
   // block before, values before the scores of their own. With many rows, of which there are few
   // threadgroups at a time, all of it a whole block ahead.
   constexpr bool ahead = columns > 1;
+  kvq_fill_seen(seen, early, span, length, tokens, batch, group, first_row, thread_index);
+  // The queries first: loads return in order.
+  typedef KvqQueries<T, D, R> Queries;
+  Queries queries;
+  queries.load(early, query, k_signs, batch, group, first_row, simdgroup, lane);
   KeyTile key[tiles];
   ValueTile value[tiles];
   constexpr uint step = simdgroups * block;
   if (tokens.begin < tokens.end) {
     const uint t = tokens.begin + simdgroup * block;
     kvq_load_keys<tiles>(key, tokens, t, keys, key_chunk, row);
-    kvq_load_values<tiles>(value, tokens, t, values, value_chunk, row, column);
   }
 
-  // Queries, rotated. Rows past the last repeat it; they are not written out.
   threadgroup uint* own_table = tables + (v_entries == 0 ? 0 : KF::kHalfTable * KF::kCopies);
   kvq_fill_half_table<KF>(tables, thread_index);
   if (v_entries > 0) kvq_fill_half_table<VF>(own_table, thread_index);
   threadgroup const uint* k_table = tables + lane % KF::kCopies;
   threadgroup const uint* v_table = own_table + lane % VF::kCopies;
-  for (uint i = thread_index; i < R * D; i += KVQ_ATTENTION_THREADS) {
-    const KvqRow whose = kvq_row(p, group, min(first_row + i / D, all_rows - 1));
-    const long from = long(batch) * p.query_batch + long(whose.head) * p.query_head +
-                      long(whose.query) * p.query_token;
-    rows[i] = float(query[from + i % D]);
+
+  if (thread_index == 0) {
+    strides[0] = keys.codes_token;
+    strides[1] = keys.scales_token;
+    strides[2] = keys.biases_token;
+    strides[3] = values.codes_token;
+    strides[4] = values.scales_token;
+    strides[5] = values.biases_token;
   }
-  kvq_fill_seen(seen, p, span, length, tokens, batch, group, first_row, all_rows, thread_index);
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-  for (uint r = simdgroup; r < R; r += simdgroups) {
-    float sum = 0.0f;
-    if (p.k.centred != 0) {
-      for (uint d = lane; d < D; d += 32) sum += rows[r * D + d] * k_mean[ulong(group) * D + d];
-    }
-    sum = simd_sum(sum);
-    if (lane == 0) mean_score[r] = p.scale * sum;
+  // Queries, rotated and scaled to suit float16, two rows and two.
+  KvqLaneRow<D> own[Queries::kRows];
+  float mean[Queries::kRows];
+  queries.get(1.0f, early.k.centred != 0, k_mean + ulong(group) * D, lane, own, mean);
+  // Values after the queries have come, so that keys come before them.
+  if (tokens.begin < tokens.end) {
+    kvq_load_values<tiles>(value, tokens, tokens.begin + simdgroup * block, values, value_chunk,
+                           row, column);
   }
-  if (p.k.rotated != 0) {
-    kvq_rotate(rows, D, R, k_signs, false, thread_index);
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-  }
-  for (uint r = simdgroup; r < R; r += simdgroups) {
-    float highest = 0.0f;
-    for (uint d = lane; d < D; d += 32) highest = max(highest, fabs(rows[r * D + d]));
-    // A power of two that brings the largest element to [2^4, 2^5).
-    const uint exponent = clamp(as_type<uint>(simd_max(highest)) >> 23, 10u, 250u);
-    if (lane == 0) query_factor[r] = as_type<float>((258u - exponent) << 23);
-    KVQ_UNROLL for (uint g = 0; g < K::kGroups; ++g) {
-      float sum = 0.0f;
-      if (KF::kBiased) {
-        for (uint d = lane; d < K::kGroup; d += 32) sum += rows[r * D + g * K::kGroup + d];
-        sum = simd_sum(sum);
+  threadgroup half2* query_pairs = reinterpret_cast<threadgroup half2*>(rows);
+  KVQ_UNROLL for (uint j = 0; j < Queries::kRows; j += 2) {
+    const uint first = simdgroup * Queries::kRows + j;
+    thread KvqLaneRow<D>* pair = own + j;
+    KVQ_UNROLL for (uint k = 0; k < 2; ++k) {
+      const uint r = first + k;
+      float highest = 0.0f;
+      KVQ_UNROLL for (uint i = 0; i < D / 32; ++i) highest = max(highest, fabs(pair[k].x[i]));
+      // A power of two that brings the largest element to [2^4, 2^5).
+      const uint exponent = clamp(as_type<uint>(simd_max(highest)) >> 23, 10u, 250u);
+      const float factor = as_type<float>((258u - exponent) << 23);
+      KVQ_UNROLL for (uint i = 0; i < D / 32; ++i) pair[k].x[i] *= factor;
+      if (lane == 0) {
+        row_factor[r] = early.scale * as_type<float>((exponent - 4u) << 23);
+        mean_score[r] = early.scale * mean[j + k];
       }
-      if (lane == 0) query_sum[g * R + r] = sum * query_factor[r];
+      KVQ_UNROLL for (uint g = 0; g < K::kGroups; ++g) {
+        if (!KF::kBiased) continue;
+        const float sum = kvq_group_sum<K::kGroups>(pair[k], g);
+        if (lane == 0) query_sum[g * R + r] = sum;
+      }
+    }
+    KVQ_UNROLL for (uint i = 0; i < D / 32; ++i) {
+      query_pairs[first / 2 * query_stride + 32 * i + lane] =
+          half2(half(pair[0].x[i]), half(pair[1].x[i]));
     }
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -257,17 +282,16 @@ template <typename T, typename KF, typename VF, uint D, uint DV, uint R, bool AL
       constexpr uint pairs = K::kChunk / 2;
       const uint d = KF::template element<K::kChunk>(
           i / pairs * 4 + row / 2, KF::template pair_element<K::kChunk>(i % pairs, row % 2));
-      kvq_elements(q[i][c]) = half2(half(rows[r * D + d] * query_factor[r]),
-                                    half(rows[r * D + D + d] * query_factor[r + 1]));
+      kvq_elements(q[i][c]) = query_pairs[r / 2 * query_stride + d];
     }
-    factor[c] = p.scale / float2(query_factor[r], query_factor[r + 1]);
+    factor[c] = KVQ_LOG2E * float2(row_factor[r], row_factor[r + 1]);
     KVQ_UNROLL for (uint g = 0; g < K::kGroups; ++g) {
-      q_sum[g][c] = float2(query_sum[g * R + r], query_sum[g * R + r + 1]);
+      if (KF::kBiased) q_sum[g][c] = float2(query_sum[g * R + r], query_sum[g * R + r + 1]);
     }
   }
 
   const uint2 plain_tokens = kvq_plain_tokens(seen, tokens.end);
-  const uint magic = kvq_half_magic(p.magic);
+  const uint magic = kvq_half_magic(early.magic);
 
   KvqFloatMatrix o[DV / 8][columns];
   float2 m[columns], l[columns], o_bias[V::kGroups][columns];
@@ -280,11 +304,13 @@ template <typename T, typename KF, typename VF, uint D, uint DV, uint R, bool AL
   }
 
   for (uint t = tokens.begin + simdgroup * block; t < tokens.end; t += step) {
+    const KvqRows next_keys = kvq_with_strides(keys, strides);
+    const KvqRows next_values = kvq_with_strides(values, strides + 3);
     KeyTile next_key[tiles];
     ValueTile next_value[tiles];
     if (ahead) {
-      kvq_load_keys<tiles>(next_key, tokens, t + step, keys, key_chunk, row);
-      kvq_load_values<tiles>(next_value, tokens, t + step, values, value_chunk, row, column);
+      kvq_load_keys<tiles>(next_key, tokens, t + step, next_keys, key_chunk, row);
+      kvq_load_values<tiles>(next_value, tokens, t + step, next_values, value_chunk, row, column);
     }
 
     // 1. Scores of token t + 8 i + row.
@@ -319,36 +345,38 @@ template <typename T, typename KF, typename VF, uint D, uint DV, uint R, bool AL
           }
         }
       }
-      KVQ_UNROLL for (uint c = 0; c < columns; ++c) {
-        score[i][c] *= factor[c];
-        score[i + 1][c] *= factor[c];
-      }
     }
 
-    if (!ahead) kvq_load_keys<tiles>(key, tokens, t + step, keys, key_chunk, row);
+    if (!ahead) kvq_load_keys<tiles>(key, tokens, t + step, next_keys, key_chunk, row);
 
     // 2. Softmax.
     uint sees = ~0u;  // bit (i * columns + c) * 2 + k: row 8 c + column + k sees the token
     const bool plain = t >= plain_tokens.x && t + block <= plain_tokens.y;
+    // What a score is to be multiplied by.
+    float2 by[columns];
+    KVQ_UNROLL for (uint c = 0; c < columns; ++c) by[c] = factor[c];
     if (!plain) {
       sees = 0;
       for (uint n = 0; n < tiles * columns * 2; ++n) {
         const uint r = n / 2 % columns * 8 + column + n % 2;
-        float s = 0.0f;
+        float s = 0.0f, to_natural = 0.0f;
         KVQ_UNROLL for (uint i = 0; i < tiles * columns * 2; ++i) {
           s = i == n ? score[i / (2 * columns)][i / 2 % columns][i % 2] : s;
+          to_natural = i == n ? factor[i / 2 % columns][i % 2] : to_natural;
         }
         bool visible;
         // The mean's share is the same for all tokens: here it counts, and at the end.
-        s = kvq_see(seen, mask, r, t + n / (2 * columns) * 8 + row, tokens.end, s + mean_score[r],
-                    visible) -
+        s = kvq_see(seen, mask, r, t + n / (2 * columns) * 8 + row, tokens.end,
+                    s * to_natural * KVQ_LN2 + mean_score[r], visible) -
             mean_score[r];
+        s = visible ? kvq_to_log2(s) : KVQ_LOWEST;
         KVQ_UNROLL for (uint i = 0; i < tiles * columns * 2; ++i) {
           const float old = score[i / (2 * columns)][i / 2 % columns][i % 2];
           score[i / (2 * columns)][i / 2 % columns][i % 2] = i == n ? s : old;
         }
         sees |= visible ? 1u << n : 0u;
       }
+      KVQ_UNROLL for (uint c = 0; c < columns; ++c) by[c] = float2(1.0f);
     }
     // A weight times the scale of its value must fit float16: the maximum is of both.
     float2 highest[columns];
@@ -359,12 +387,9 @@ template <typename T, typename KF, typename VF, uint D, uint DV, uint R, bool AL
       KVQ_UNROLL for (uint g = 0; g < V::kGroups; ++g) {
         scale = max(scale, fabs(VScales::get(value[i].scales, g).x));
       }
-      scale = log(scale);
+      scale = log2(scale);
       KVQ_UNROLL for (uint c = 0; c < columns; ++c) {
-        KVQ_UNROLL for (uint k = 0; k < 2; ++k) {
-          const bool visible = plain || (sees >> ((i * columns + c) * 2 + k) & 1) != 0;
-          highest[c][k] = max(highest[c][k], visible ? score[i][c][k] + scale : KVQ_LOWEST);
-        }
+        highest[c] = max(highest[c], fma(score[i][c], by[c], float2(scale)));
       }
     }
     KVQ_UNROLL for (uint c = 0; c < columns; ++c) {
@@ -373,22 +398,31 @@ template <typename T, typename KF, typename VF, uint D, uint DV, uint R, bool AL
     }
     if (simd_any(grows)) {
       KVQ_UNROLL for (uint c = 0; c < columns; ++c) {
-        threadgroup float* all = scratch[simdgroup];
-        simdgroup_barrier(mem_flags::mem_threadgroup);
-        all[row * 8 + column] = highest[c].x;
-        all[row * 8 + column + 1] = highest[c].y;
-        simdgroup_barrier(mem_flags::mem_threadgroup);
+        kvq_spread(highest[c], own_scratch, row, column);
+        threadgroup const float* all = own_scratch + column;
         float2 kept;
         KVQ_UNROLL for (uint k = 0; k < 2; ++k) {
-          float top = all[column + k];
-          for (uint i = 8; i < 64; i += 8) top = max(top, all[i + column + k]);
+          float top = all[k];
+          KVQ_UNROLL for (uint i = 8; i < 64; i += 8) top = max(top, all[i + k]);
           const float next = top > m[c][k] + KVQ_MATRIX_RESCALE ? top - KVQ_MATRIX_ROOM : m[c][k];
-          kept[k] = kvq_exp(m[c][k] - next);
+          kept[k] = exp2(m[c][k] - next);
           m[c][k] = next;
         }
         l[c] *= kept;
         KVQ_UNROLL for (uint g = 0; g < V::kGroups; ++g) o_bias[g][c] *= kept;
         KVQ_UNROLL for (uint i = 0; i < DV / 8; ++i) kvq_elements(o[i][c]) *= kept;
+      }
+    }
+
+    KVQ_UNROLL for (uint i = 0; i < tiles; ++i) {
+      KVQ_UNROLL for (uint c = 0; c < columns; ++c) {
+        score[i][c] = exp2(fma(score[i][c], by[c], -m[c]));
+      }
+    }
+    if (!plain) {
+      KVQ_UNROLL for (uint i = 0; i < tiles * columns * 2; ++i) {
+        thread float2& both = score[i / (2 * columns)][i / 2 % columns];
+        both[i % 2] = (sees >> i & 1) != 0 ? both[i % 2] : 0.0f;
       }
     }
 
@@ -404,10 +438,7 @@ template <typename T, typename KF, typename VF, uint D, uint DV, uint R, bool AL
     KVQ_UNROLL for (uint i = 0; i < tiles; ++i) {
       KvqHalfMatrix weight[V::kGroups][columns];
       KVQ_UNROLL for (uint c = 0; c < columns; ++c) {
-        const float2 above = score[i][c] - m[c];
-        float2 w = float2(kvq_exp(above.x), kvq_exp(above.y));
-        const uint bits = sees >> ((i * columns + c) * 2);
-        w = float2(plain || (bits & 1) != 0 ? w.x : 0.0f, plain || (bits & 2) != 0 ? w.y : 0.0f);
+        const float2 w = score[i][c];
         l[c] += w;
         KVQ_UNROLL for (uint g = 0; g < V::kGroups; ++g) {
           const float2 scale = VScales::get(value[i].scales, g);
@@ -438,21 +469,21 @@ template <typename T, typename KF, typename VF, uint D, uint DV, uint R, bool AL
         value[i] = next_value[i];
       }
     } else {
-      kvq_load_values<tiles>(value, tokens, t + step, values, value_chunk, row, column);
+      kvq_load_values<tiles>(value, tokens, t + step, next_values, value_chunk, row, column);
     }
   }
 
   // Sum over the simdgroups, in turn, into plain rows.
   KVQ_UNROLL for (uint c = 0; c < columns; ++c) {
-    l[c] = kvq_sum_tokens(l[c], scratch[simdgroup], row, column);
+    l[c] = kvq_sum_tokens(l[c], own_scratch, row, column);
     KVQ_UNROLL for (uint g = 0; g < V::kGroups; ++g) {
       if (VF::kBiased) {
-        o_bias[g][c] = kvq_sum_tokens(o_bias[g][c], scratch[simdgroup], row, column);
+        o_bias[g][c] = kvq_sum_tokens(o_bias[g][c], own_scratch, row, column);
       }
     }
     if (row == 0) {
       KVQ_UNROLL for (uint k = 0; k < 2; ++k) {
-        group_m[simdgroup][8 * c + column + k] = m[c][k];
+        group_m[simdgroup][8 * c + column + k] = KVQ_LN2 * m[c][k];
         group_l[simdgroup][8 * c + column + k] = l[c][k];
       }
     }
@@ -468,37 +499,36 @@ template <typename T, typename KF, typename VF, uint D, uint DV, uint R, bool AL
     row_l[thread_index] = sum;
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  // Rows of DV + 1 for the time being, so that lanes find their banks free.
+  KVQ_UNROLL for (uint c = 0; c < columns; ++c) {
+    KVQ_UNROLL for (uint k = 0; k < 2; ++k) {
+      const uint r = 8 * c + column + k;
+      const float kept = kvq_exp(KVQ_LN2 * m[c][k] + mean_score[r] - row_m[r]);
+      KVQ_UNROLL for (uint i = 0; i < DV / 8; ++i) {
+        float x = kvq_elements(o[i][c])[k];
+        if (VF::kBiased) x += o_bias[i / V::kChunk / V::kTurns][c][k];
+        kvq_elements(o[i][c])[k] = x * kept;
+      }
+    }
+  }
   for (uint s = 0; s < simdgroups; ++s) {
     if (s == simdgroup) {
       KVQ_UNROLL for (uint c = 0; c < columns; ++c) {
-        KVQ_UNROLL for (uint k = 0; k < 2; ++k) {
-          const uint r = 8 * c + column + k;
-          const float kept = kvq_exp(m[c][k] + mean_score[r] - row_m[r]);
-          KVQ_UNROLL for (uint i = 0; i < DV / 8; ++i) {
-            const uint u = i / V::kChunk;
-            const uint d = VF::template element<V::kChunk>(u * 8 + row, i % V::kChunk);
-            float x = kvq_elements(o[i][c])[k];
-            if (VF::kBiased) x += o_bias[u / V::kTurns][c][k];
-            threadgroup float& sum = rows[r * (DV + 1) + d];
-            sum = s == 0 ? x * kept : sum + x * kept;
-          }
+        // All loads, then all stores: they do not wait for one another.
+        threadgroup float* to = rows + (8 * c + column) * sum_stride;
+        float2 sum[DV / 8];
+        KVQ_UNROLL for (uint i = 0; i < DV / 8; ++i) {
+          const uint d = VF::template element<V::kChunk>(i / V::kChunk * 8 + row, i % V::kChunk);
+          sum[i] = s == 0 ? float2(0.0f) : float2(to[d], to[d + sum_stride]);
+        }
+        KVQ_UNROLL for (uint i = 0; i < DV / 8; ++i) {
+          const uint d = VF::template element<V::kChunk>(i / V::kChunk * 8 + row, i % V::kChunk);
+          to[d] = sum[i].x + kvq_elements(o[i][c]).x;
+          to[d + sum_stride] = sum[i].y + kvq_elements(o[i][c]).y;
         }
       }
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
   }
-  constexpr uint per_thread = R * DV / KVQ_ATTENTION_THREADS;
-  float sums[per_thread];
-  KVQ_UNROLL for (uint i = 0; i < per_thread; ++i) {
-    const uint n = i * KVQ_ATTENTION_THREADS + thread_index;
-    sums[i] = rows[n / DV * (DV + 1) + n % DV];
-  }
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-  KVQ_UNROLL for (uint i = 0; i < per_thread; ++i) {
-    rows[i * KVQ_ATTENTION_THREADS + thread_index] = sums[i];
-  }
-  // Each thread goes on with its own; kvq_rotate begins with a barrier.
-  kvq_write_rows<T, DV>(p, rows, row_m, row_l, R, first_row, batch, group, split, sinks, v_signs,
-                        v_mean, out, lse, partial, thread_index);
+  kvq_write_rows<T, DV, R>(p, rows, sum_stride, row_m, row_l, first_row, batch, group, split, sinks,
+                           v_signs, v_mean, out, lse, partial, simdgroup, lane);
 }

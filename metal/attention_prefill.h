@@ -73,20 +73,20 @@ template <typename T, typename KF, typename VF, uint D, uint DV, bool ALIGNED>
   constexpr uint score_stride = block + 4, weight_stride = block + 8;
   constexpr uint score_step = sizeof(T) == 4 ? KVQ_SUMMED_IN_A_ROW : D;
   constexpr uint tile_bytes = block * stride * sizeof(T);
-  constexpr uint stage_bytes = 8 * (dim * sizeof(float) + (D + 8) * sizeof(T));
+  constexpr uint stage_bytes = 8 * kvq_most(DV * sizeof(float), (D + 8) * sizeof(T));
   threadgroup float4 memory[kvq_most(tile_bytes, stage_bytes) / 16];
   threadgroup float scores[KVQ_PREFILL_ROWS * score_stride];
   threadgroup T weights[KVQ_PREFILL_ROWS * weight_stride];
   threadgroup float mean_score[KVQ_PREFILL_ROWS], row_m[KVQ_PREFILL_ROWS], row_l[KVQ_PREFILL_ROWS];
   threadgroup float k_table[kvq_most(KF::kTable, 1)], v_table[kvq_most(VF::kTable, 1)];
   threadgroup T* tile = reinterpret_cast<threadgroup T*>(memory);
-  // Before the first tile and after the last: eight plain rows, and eight of queries in T.
+  // Eight rows: before the first tile of queries, after the last of sums.
+  threadgroup T* query_tile = reinterpret_cast<threadgroup T*>(memory);
   threadgroup float* stage = reinterpret_cast<threadgroup float*>(memory);
-  threadgroup T* query_tile = reinterpret_cast<threadgroup T*>(stage + 8 * dim);
 
   const uint split = position.x, first_row = position.y * KVQ_PREFILL_ROWS;
   const uint batch = position.z / p.groups, group = position.z % p.groups;
-  const uint repeat = p.heads / p.groups, all_rows = p.queries * repeat;
+  const uint repeat = p.repeat, all_rows = p.queries * repeat;
   const long length = kvq_bound(kv_length, p.kv_length, batch);
   const KvqSpan span = kvq_row_span(p, length, kvq_bound(kv_start, p.kv_start, batch),
                                     kvq_bound(kv_end, p.kv_end, batch));
@@ -97,27 +97,22 @@ template <typename T, typename KF, typename VF, uint D, uint DV, bool ALIGNED>
   kvq_fill_table<KF>(k_table, thread_index);
   kvq_fill_table<VF>(v_table, thread_index);
 
-  // Queries, eight rows at a time. Rows past the last repeat it; they are not written out.
+  // Queries, eight rows at a time.
   simdgroup_matrix<T, 8, 8> q[D / 8];
   for (uint s = 0; s < simdgroups; ++s) {
-    for (uint i = thread_index; i < 8 * D; i += KVQ_ATTENTION_THREADS) {
-      const KvqRow row = kvq_row(p, group, min(first_row + 8 * s + i / D, all_rows - 1));
-      const long from = long(batch) * p.query_batch + long(row.head) * p.query_head +
-                        long(row.query) * p.query_token;
-      stage[i] = float(query[from + i % D]);
-    }
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-    if (p.k.centred != 0) {
-      for (uint r = simdgroup; r < 8; r += simdgroups) {
-        float sum = 0.0f;
-        for (uint d = lane; d < D; d += 32) sum += stage[r * D + d] * k_mean[ulong(group) * D + d];
-        sum = simd_sum(sum);
-        if (lane == 0) mean_score[8 * s + r] = sum;
+    typedef KvqQueries<T, D, 8> Queries;
+    Queries queries;
+    queries.load(p, query, k_signs, batch, group, first_row + 8 * s, simdgroup, lane);
+    KvqLaneRow<D> own[Queries::kRows];
+    float mean[Queries::kRows];
+    queries.get(1.0f, p.k.centred != 0, k_mean + ulong(group) * D, lane, own, mean);
+    KVQ_UNROLL for (uint j = 0; j < Queries::kRows; ++j) {
+      const uint r = simdgroup * Queries::kRows + j;
+      if (lane == 0) mean_score[8 * s + r] = mean[j];
+      KVQ_UNROLL for (uint i = 0; i < KvqLaneRow<D>::kCount; ++i) {
+        if (!KvqLaneRow<D>::has(i, lane)) continue;
+        query_tile[r * (D + 8) + 32 * i + lane] = kvq_narrow<T>(own[j].x[i]);
       }
-    }
-    if (p.k.rotated != 0) kvq_rotate(stage, D, 8, k_signs, false, thread_index);
-    for (uint i = thread_index; i < 8 * D; i += KVQ_ATTENTION_THREADS) {
-      query_tile[i / D * (D + 8) + i % D] = kvq_narrow<T>(stage[i]);
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
     if (s == simdgroup) {
@@ -128,7 +123,7 @@ template <typename T, typename KF, typename VF, uint D, uint DV, bool ALIGNED>
 
   // In the softmax four lanes share a row.
   const uint my_row = 8 * simdgroup + lane / 4;
-  const KvqRow row = kvq_row(p, group, min(first_row + my_row, all_rows - 1));
+  const KvqRow row = kvq_row(repeat, group, min(first_row + my_row, all_rows - 1));
   const KvqSpan seen_span = kvq_query_span(p, span, length, row.query);
   const uint row_first = uint(clamp(seen_span.first - tokens.first, 0l, long(tokens.count)));
   const uint row_last = uint(clamp(seen_span.last - tokens.first, 0l, long(tokens.count)));
@@ -243,8 +238,9 @@ template <typename T, typename KF, typename VF, uint D, uint DV, bool ALIGNED>
       KVQ_UNROLL for (uint i = 0; i < DV / 8; ++i) simdgroup_store(o[i], stage + 8 * i, DV);
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    kvq_write_rows<T, DV>(p, stage, row_m + 8 * s, row_l + 8 * s, 8, first_row + 8 * s, batch,
-                          group, split, sinks, v_signs, v_mean, out, lse, partial, thread_index);
+    kvq_write_rows<T, DV, 8>(p, stage, DV, row_m + 8 * s, row_l + 8 * s, first_row + 8 * s, batch,
+                             group, split, sinks, v_signs, v_mean, out, lse, partial, simdgroup,
+                             lane);
     threadgroup_barrier(mem_flags::mem_threadgroup);
   }
 }

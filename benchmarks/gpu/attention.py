@@ -105,8 +105,8 @@ def params_of(case: Case, splits: int):  # type: ignore[no-untyped-def]
     s = case.shape
     p = make(
         "KvqAttentionParams",
-        heads=s.heads, groups=s.groups, queries=s.queries, capacity=s.tokens,
-        value_dim=s.head_dim, splits=splits, causal=1, magic=0x4B000000,
+        heads=s.heads, groups=s.groups, repeat=s.heads // s.groups, queries=s.queries,
+        capacity=s.tokens, value_dim=s.head_dim, splits=splits, causal=1, magic=0x4B000000,
         scale=1 / math.sqrt(s.head_dim),
     )  # fmt: skip
     for side, packed, signs in zip(("k", "v"), case.packed, case.signs, strict=True):
@@ -121,6 +121,11 @@ def params_of(case: Case, splits: int):  # type: ignore[no-untyped-def]
     batch, head, token, _ = case.query.stride()
     p["query_batch"], p["query_head"], p["query_token"] = batch, head, token
     return p
+
+
+def merge_threads(rows: int, splits: int) -> int:
+    """As csrc/mps/attention.mm has it."""
+    return 32 if splits <= 16 and rows > 256 else THREADS
 
 
 class Attention:
@@ -152,7 +157,7 @@ class Attention:
                 kernels.prepare(
                     merge,
                     (s.queries, s.heads, s.batch),
-                    (THREADS,),
+                    (merge_threads(s.batch * s.heads * s.queries, splits),),
                     [self.partial, None, case.signs[1], None, self.out, self.lse],
                     p,
                 )
@@ -273,11 +278,25 @@ def candidates(kernels: Kernels, case: Case) -> dict[str, dict]:
     return {f"{kind}{row['rows']}": row for kind, row in found.items()}
 
 
+def built_in(shape: Shape, found: dict[str, dict]) -> tuple[str, int]:
+    """Which of the candidates, and how many splits, the built-in table of csrc/mps/tuning.h makes
+    of a call: one for all formats, with Apple's GPUs in mind."""
+    kinds = ["decode"] if shape.rows <= 2 else ["matrix", "decode"]
+    if shape.rows > 32:
+        kinds = ["prefill", *kinds]
+    name = next(n for kind in kinds for n in found if n.startswith(kind))
+    tile = PREFILL_ROWS if found[name]["prefill"] else found[name]["rows"]
+    tasks = -(-shape.rows // tile) * shape.batch * shape.groups
+    return name, max(1, min(256 // tasks, shape.tokens // 256, 128))
+
+
 def measure(kernels: Kernels, case: Case, splits: tuple[int, ...] = SPLITS) -> dict[str, object]:
-    """The fastest kernel and number of splits for a case, timed and checked."""
+    """The fastest kernel and number of splits for a case, timed and checked; `table_us` is what the
+    built-in tuning table's choice takes."""
     tried: dict[str, float] = {}
     rows = {}
-    for kind, row in candidates(kernels, case).items():
+    found = candidates(kernels, case)
+    for kind, row in found.items():
         calls = {f"{kind}/{n}": Attention(kernels, row, case, n) for n in splits}
         tried |= time_calls(calls, repeats=5)
         rows |= dict.fromkeys(calls, row)
@@ -285,10 +304,14 @@ def measure(kernels: Kernels, case: Case, splits: tuple[int, ...] = SPLITS) -> d
     row, number = rows[best], int(best.partition("/")[2])
     call = Attention(kernels, row, case, number)
     us = time_calls({"ours": call})["ours"]
+    kind, table_splits = built_in(case.shape, found)
+    table = Attention(kernels, found[kind], case, table_splits)
+    table_us = time_calls({"table": table})["table"]
     results = [check(case, call.out, slice(b, b + 1)) for b in {0, case.shape.batch - 1}]
     return {
         "kernel": row["kernel"], "registers": row["registers"], "spilled": row.get("spilled", 0),
-        "splits": number, "us": us, "nbytes": case.nbytes, "gbps": case.nbytes / us / 1e3,
+        "splits": number, "us": us, "table_splits": table_splits, "table_us": table_us,
+        "nbytes": case.nbytes, "gbps": case.nbytes / us / 1e3,
         "tried": tried, "checks": results, "ok": all(r["ok"] for r in results),
     }  # fmt: skip
 

@@ -122,6 +122,12 @@ AttentionKernel choose_kernel(const AttentionCall& call, const AttentionSides& s
   return kernel;
 }
 
+/// Threads of a merge threadgroup: one simdgroup where it reads all splits at once and there are
+/// rows enough to keep the GPU busy.
+int64_t merge_threads(int64_t rows, int64_t splits) {
+  return splits <= 16 && rows > 256 ? 32 : KVQ_ATTENTION_THREADS;
+}
+
 std::tuple<at::Tensor, at::Tensor> run(const AttentionCall& call, const Bound& length,
                                        std::optional<int64_t> known_length) {
   const AttentionSides sides = check_attention(call, kDevice);
@@ -161,6 +167,7 @@ std::tuple<at::Tensor, at::Tensor> run(const AttentionCall& call, const Bound& l
   p.heads = static_cast<uint32_t>(heads);
   p.groups = static_cast<uint32_t>(groups);
   p.queries = static_cast<uint32_t>(queries);
+  p.repeat = static_cast<uint32_t>(heads / groups);
   p.capacity = static_cast<uint32_t>(capacity);
   p.value_dim = static_cast<uint32_t>(sides.v.head_dim);
   p.causal = call.causal;
@@ -208,7 +215,7 @@ std::tuple<at::Tensor, at::Tensor> run(const AttentionCall& call, const Bound& l
       .buffers = {partial, sinks, or_none(sides.v.signs), or_none(sides.v.mean), out, lse},
       .params = p,
       .threadgroups = {queries, heads, batch},
-      .threads_per_threadgroup = {KVQ_ATTENTION_THREADS},
+      .threads_per_threadgroup = {merge_threads(lse.numel(), p.splits)},
   };
   runtime::dispatch({launch, merge});
   return {out, lse};

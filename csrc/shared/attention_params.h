@@ -80,7 +80,7 @@ struct KvqAttentionParams {
   uint32_t mask_kind;                  ///< KvqMaskKind
   uint32_t has_sinks;                  ///< 1: sinks are bound
   uint32_t magic;                      ///< KVQ_MAGIC_BITS: read from memory, it stays in a register
-  uint32_t unused;                     ///< keeps the size a multiple of 8
+  uint32_t repeat;                     ///< H / G: heads that share a KV head
   float scale;                         ///< multiplies query times key
   float softcap;                       ///< softcap * tanh(score / softcap); 0: none
 };

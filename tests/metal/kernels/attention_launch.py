@@ -44,7 +44,7 @@ PARAMS = np.dtype(
     + [(f"mask_{s}", "i8") for s in ("batch", "head", "query", "column", "columns")]
     + [("window", "i8")]
     + [(n, "u4") for n in ("heads", "groups", "queries", "capacity", "value_dim", "splits")]
-    + [(n, "u4") for n in ("causal", "ring", "mask_kind", "has_sinks", "magic", "unused")]
+    + [(n, "u4") for n in ("causal", "ring", "mask_kind", "has_sinks", "magic", "repeat")]
     + [("scale", "f4"), ("softcap", "f4")]
 )
 
@@ -252,7 +252,8 @@ def attention(
     shape = (batch, heads, queries, splits, value_dim + 2) if splits > 1 else (1,)
     partial = torch.full(shape, math.nan)
     for field, value in {
-        "heads": heads, "groups": groups, "queries": queries, "capacity": capacity,
+        "heads": heads, "groups": groups, "repeat": repeat, "queries": queries,
+        "capacity": capacity,
         "value_dim": value_dim, "splits": splits, "causal": causal, "ring": ring,
         "window": window, "has_sinks": sinks is not None, "softcap": softcap, "magic": 0x4B000000,
         "scale": 1 / math.sqrt(head_dim) if scale is None else scale,
@@ -273,12 +274,14 @@ def attention(
     if memory is not None:
         memory["bytes"] = library.static_threadgroup_bytes(name)
     if splits > 1:
+        # As csrc/mps/attention.mm has it.
+        merge_threads = 32 if splits <= 16 and queries * heads * batch > 256 else THREADS
         merge = merge_library or emulator.load(template("attention_merge"), mode)
         dtype = {0: "float", 1: "half", 2: "bfloat"}[DTYPES[query.dtype]]
         merge.launch(
             f"kvq_attention_merge_{dtype}",
             (queries, heads, batch),
-            THREADS,
+            merge_threads,
             [partial, buffers[11], buffers[13], buffers[15], out, lse, p],
             **options,
         )

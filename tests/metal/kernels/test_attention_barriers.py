@@ -51,10 +51,11 @@ def test_barriers():
             case.run(kernel=kernel, library=library, k_signs=None, v_signs=None)
 
         left[kernel] = survivors(source(kernel, line), run)
-    case, options = case_and_options(1, head_dim=256)  # more columns than are summed at once
 
     def run_merge(library):
-        case.run(splits=2, mode="race", merge_library=library, **options)
+        for head_dim in (64, 256):  # fewer columns than threads, and more than are summed at once
+            case, options = case_and_options(1, head_dim=head_dim)
+            case.run(splits=2, mode="race", merge_library=library, **options)
 
     left["merge"] = survivors(template("attention_merge"), run_merge)
     own = {place for places in left.values() for place in places if "common.h" not in place}

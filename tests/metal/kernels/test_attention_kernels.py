@@ -333,6 +333,14 @@ def test_a_row_masked_with_the_lowest_float_is_uniform(kernel):
     torch.testing.assert_close(out.double(), expected.double(), rtol=close, atol=close)
 
 
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_many_rows_are_merged_by_one_simdgroup_each(head_dim):
+    case = feature_case("prefill", queries=34, head_dim=head_dim, tokens=100, capacity=100)
+    assert case.query.shape[:3].numel() > 256
+    launch = {"kernel": "prefill", "splits": 2, "mode": "race"}
+    check_close(case, launch=launch, **feature_options("means", case))
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("name", ["plain", "everything", "mask-narrow", "short"])
 def test_no_races(name, kernel):
