@@ -16,6 +16,7 @@ import argparse
 import importlib.machinery
 import importlib.util
 import json
+import math
 import os
 import sys
 import time
@@ -387,7 +388,9 @@ def summary(found: dict) -> str:
             f"{row['op']} {row['dtype']} {row['shape']}: {row['us']:.1f} us, "
             f"{row['of_read']:.2f} of read, bar {bars.verdict(row['of_read'], bars.Q4_K)}"
         )
-    lines.append("format          B      T  H/G  L  times dense  bar        instructions/byte  bar")
+    lines.append(
+        "format          B      T  H/G  L  times dense  bar        by table  instructions/byte  bar"
+    )
     for row in found.get("attention", []):
         if "us" not in row:
             continue
@@ -395,10 +398,12 @@ def summary(found: dict) -> str:
         count = per_byte(row, repeat, queries, "None")
         bar = bars.INSTRUCTIONS.get((row["format"], repeat)) if queries == 1 else None
         most = "-" if count == "-" else bars.verdict(float(count), bar, at_most=True)
+        # What the built-in tuning table's choice gives.
+        table = row["ratio"] * row["us"] / row.get("table_us", math.nan)
         lines.append(
             f"{row['format']:14s} {row['batch']:2d} {row['tokens']:6d} {repeat:4d} {queries:2d} "
             f"{row['ratio']:12.2f}  {bars.verdict(row['ratio'], bars.attention(row)):10s} "
-            f"{count:>17s}  {most:9s} {row['registers']:4d} registers"
+            f"{table:8.2f}  {count:>17s}  {most:9s} {row['registers']:4d} registers"
         )
     checks = found.get("checks")
     if checks:
