@@ -364,6 +364,28 @@ def test_append_is_two_writes(k: str, v: str, ring: bool, device: str) -> None:
     values.check()
 
 
+@pytest.mark.parametrize(
+    ("k", "v"), [("int8-g64", "int4-g64-rot"), ("tq4", "q4_0"), ("fp8_e4m3-g64", "none")]
+)
+@pytest.mark.parametrize("tokens", [1030, 2100])
+def test_many_tokens(k: str, v: str, tokens: int, device: str) -> None:
+    """So many that a Metal simdgroup takes its rows in two and four steps, past a ring's end."""
+    k_fmt, v_fmt, capacity = KVFormat.parse(k), KVFormat.parse(v), tokens + 7
+    fmts = k_fmt, v_fmt
+    sides = [twin(fmt, (1, 8, capacity, 128), torch.float16, device) for fmt in fmts]
+    x = [normal(1, 8, tokens, 128, dtype=torch.float16, seed=s) for s in (81, 82)]
+    moved = [t.to(device) for t in x]
+    ops.append_(sides[0].packed, sides[1].packed, *moved, 500, *fmts, ring=True)
+    for side, fmt, values, on_device in zip(sides, fmts, x, moved, strict=True):
+        ops.quantize_into_(side.cpu_packed, values, 500, fmt, ring=True)
+        side.check()
+        assert_packed(ops.quantize(on_device, fmt), ops.quantize(values, fmt))
+        for start, length in ((0, capacity), (tokens // 2, tokens // 2 + 1)):
+            decoded = ops.dequantize(side.packed, fmt, start=start, length=length)
+            expected = ops.dequantize(side.cpu_packed, fmt, start=start, length=length)
+            assert_decoded(decoded, expected)
+
+
 def test_append_own_signs_and_integer_position(device: str) -> None:
     fmt = KVFormat.parse("int4-g64-rot")
     keys, values, (key, value) = append_case(fmt, fmt, device)
