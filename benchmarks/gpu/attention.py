@@ -282,7 +282,7 @@ def built_in(shape: Shape, found: dict[str, dict]) -> tuple[str, int]:
     """Which of the candidates, and how many splits, the built-in table of csrc/mps/tuning.h makes
     of a call: one for all formats, with Apple's GPUs in mind."""
     kinds = ["decode"] if shape.rows <= 2 else ["matrix", "decode"]
-    if shape.rows > 32:
+    if shape.rows > 128:
         kinds = ["prefill", *kinds]
     name = next(n for kind in kinds for n in found if n.startswith(kind))
     tile = PREFILL_ROWS if found[name]["prefill"] else found[name]["rows"]
