@@ -287,7 +287,8 @@ def built_in(shape: Shape, found: dict[str, dict]) -> tuple[str, int]:
     name = next(n for kind in kinds for n in found if n.startswith(kind))
     tile = PREFILL_ROWS if found[name]["prefill"] else found[name]["rows"]
     tasks = -(-shape.rows // tile) * shape.batch * shape.groups
-    return name, max(1, min(256 // tasks, shape.tokens // 256, 128))
+    needed = -(-shape.tokens // 2**15) if found[name]["matrix"] else 1
+    return name, min(max(needed, min(256 // tasks, shape.tokens // 256)), 128)
 
 
 def measure(kernels: Kernels, case: Case, splits: tuple[int, ...] = SPLITS) -> dict[str, object]:

@@ -22,6 +22,10 @@ constexpr const char* kOp = "attention";
 constexpr int64_t kPrefillDim = 256;
 constexpr int64_t kWideDim = 512;
 
+/// Most tokens of a split of the matrix kernel, as far as there may be so many splits: sums that
+/// run on for longer lose bits on a GPU whose matrix products truncate them (benchmarks/NOTES.md).
+constexpr int64_t kMatrixTokens = 1 << 15;
+
 AttentionFormat attention_format(const Packed& packed, const Format& format) {
   const at::Tensor& typed = format.is_none() ? packed.codes : packed.scales;
   const bool grouped = format.family == KVQ_FAMILY_AFFINE || format.family == KVQ_FAMILY_FP8_E4M3 ||
@@ -186,9 +190,11 @@ std::tuple<at::Tensor, at::Tensor> run(const AttentionCall& call, const Bound& l
   const int64_t tiles = (rows + tile - 1) / tile, tasks = tiles * batch * groups;
   int64_t tokens = std::min(known_length.value_or(capacity), capacity);
   if (call.window > 0 && call.window < tokens) tokens = std::min(tokens, call.window + queries);
+  const int64_t wanted = std::min(tuned.threadgroups / tasks, tokens / tuned.split_tokens);
+  const int64_t needed =
+      kernel.kind == KVQ_ATTENTION_MATRIX ? (tokens + kMatrixTokens - 1) / kMatrixTokens : 1;
   p.splits = static_cast<uint32_t>(
-      std::clamp<int64_t>(std::min(tuned.threadgroups / tasks, tokens / tuned.split_tokens), 1,
-                          KVQ_ATTENTION_MAX_SPLITS));
+      std::clamp<int64_t>(std::max(wanted, needed), 1, KVQ_ATTENTION_MAX_SPLITS));
   const at::Tensor partial =
       p.splits > 1 ? at::empty({lse.numel() * p.splits * (sides.v.head_dim + 2)}, lse.options())
                    : at::Tensor();

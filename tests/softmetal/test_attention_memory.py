@@ -75,3 +75,13 @@ def test_workspace_of_split_tokens_is_bounded(queries: int) -> None:
         workspace.append(peak - returned)
     assert 0 < workspace[0] < workspace[1] <= bound + PAGE
     assert workspace[1] == workspace[2]
+
+
+def test_the_matrix_kernel_splits_long_sequences() -> None:
+    """However many threadgroups there are: its sums are of 32,768 tokens at most."""
+    workspace = []
+    for tokens in (1 << 12, 1 << 15, 1 << 17):
+        peak, returned = allocated(tokens, queries=8, heads=512, groups=32)
+        workspace.append(peak - returned)
+    assert workspace[:2] == [0, 0]
+    assert workspace[2] >= 4 * 8 * 512 * (DIM + 2) * 4
