@@ -5,7 +5,8 @@
 // a simdgroup takes several vectors of up to 256 elements. A vector of more than 512 is taken in
 // passes of 512. Groups, blocks of 32 and Hadamard blocks begin at multiples of their size, so that
 // shuffles by a power of two stay inside. Rows of format none and vectors of the hadamard op may
-// have any length: there lane j works on elements j, j + 32, ... (dense.h, fwht.h).
+// have any length: where they are not wide, lane j works on elements j, j + 32, ... (dense.h,
+// fwht.h).
 //
 // Exactness: codes, scales and biases equal torch_kvq/reference.py byte for byte, which wants one
 // rounding per written operation, so no contraction to fma and no fast math. NaN is told by its
