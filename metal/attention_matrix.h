@@ -369,6 +369,7 @@ template <typename T, typename KF, typename VF, uint D, uint DV, uint R, bool AL
         s = kvq_see(seen, mask, r, t + n / (2 * columns) * 8 + row, tokens.end,
                     s * to_natural * KVQ_LN2 + mean_score[r], visible) -
             mean_score[r];
+        visible = visible && as_type<uint>(s) != 0xff800000u;  // a mask's -infinity
         s = visible ? kvq_to_log2(s) : KVQ_LOWEST;
         KVQ_UNROLL for (uint i = 0; i < tiles * columns * 2; ++i) {
           const float old = score[i / (2 * columns)][i / 2 % columns][i % 2];

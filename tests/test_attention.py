@@ -272,10 +272,12 @@ def test_rows_that_see_nothing(device, queries, dtype):
     mask = torch.ones(1, 4, queries, 127, dtype=torch.bool)
     mask[:, :, 0] = False
     mask[:, 1] = False
-    case = make(INT4, queries=queries, mask=mask, dtype=dtype, means=True)
-    case.check(device)
-    out, lse = case.run(device)
-    assert out[:, 1].eq(0).all() and lse[:, 1].eq(-math.inf).all()
+    minus_infinity = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, -math.inf)
+    for given in (minus_infinity, mask):
+        case = make(INT4, queries=queries, mask=given, dtype=dtype, means=True)
+        case.check(device)
+        out, lse = case.run(device)
+        assert out[:, 1].eq(0).all() and lse[:, 1].eq(-math.inf).all()
     for change in ({"kv_start": torch.tensor(127)}, {"kv_end": torch.tensor(0)}):
         out, lse = case.run(device, mask=None, **change)
         assert out.eq(0).all() and lse.eq(-math.inf).all()
