@@ -273,8 +273,8 @@ def test_rows_that_see_nothing(device, queries, dtype):
     mask[:, :, 0] = False
     mask[:, 1] = False
     minus_infinity = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, -math.inf)
-    for given in (minus_infinity, mask):
-        case = make(INT4, queries=queries, mask=given, dtype=dtype, means=True)
+    for hiding in (minus_infinity, mask):
+        case = make(INT4, queries=queries, mask=hiding, dtype=dtype, means=True)
         case.check(device)
         out, lse = case.run(device)
         assert out[:, 1].eq(0).all() and lse[:, 1].eq(-math.inf).all()

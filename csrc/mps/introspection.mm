@@ -12,7 +12,7 @@ namespace {
 std::vector<std::string> expected_kernels() {
   std::vector<std::string> names;
   for (const KernelName& name : codec_kernels()) {
-    names.push_back(std::string(name.library) + "." + name.kernel);
+    names.push_back(name.library + "." + name.kernel);
   }
   return names;
 }

@@ -1,5 +1,5 @@
 // Names of the Metal kernels behind every op but attention. Kernels spell their variant:
-// kvq_<op>_<dtype>_<format>[_g<group>]; one library holds a family of formats.
+// kvq_<op>_<dtype>_<format>[_g<group>]; one .metal file holds a family of formats, a library one.
 #pragma once
 
 #include <string>
@@ -10,7 +10,7 @@
 namespace kvq::mps {
 
 struct KernelName {
-  const char* library;  ///< stem of the .metal file
+  std::string library;  ///< as runtime::Launch has it
   std::string kernel;
 };
 

@@ -3,7 +3,7 @@
 namespace kvq::mps {
 namespace {
 
-const char* library_of(const Format& format) {
+const char* file_of(const Format& format) {
   switch (format.family) {
     case KVQ_FAMILY_AFFINE:
       return "affine";
@@ -29,6 +29,10 @@ std::vector<Format> all_formats() {
     formats.push_back(Format::parse("names", name, 0));
   }
   return formats;
+}
+
+std::string library_of(const Format& format) {
+  return std::string(file_of(format)) + ":" + format_tag(format);
 }
 
 }  // namespace

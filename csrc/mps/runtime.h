@@ -4,7 +4,7 @@
 // runtime does the rest:
 //
 //   runtime::dispatch({
-//       .library = "affine",                           // metal/affine.metal
+//       .library = "affine:int4_g64",                  // metal/affine.metal
 //       .kernel = "kvq_quantize_half_int4_g64",
 //       .constants = {{"has_signs", true}},            // [[function_constant]]s, by name
 //       .buffers = {x, codes, scales, biases},         // [[buffer(0)]] ... [[buffer(3)]]
@@ -18,6 +18,9 @@
 //    kernel's business (put them in the params). Buffer{tensor, bytes} adds a further byte offset.
 //  - An undefined or empty tensor is bound to a small dummy buffer: an optional argument needs no
 //    special case, but the kernel must not read it (guard it by a function constant or a param).
+//  - After a colon .library names a line of the table at the end of the .metal file, which begins
+//    with KVQ_CODEC("that name". The others are left out: a library is compiled on the user's Mac
+//    when it is first used, so it should be small. One that the build compiled has all of them.
 //  - .instantiation is appended to the library's source, which is then compiled for this kernel
 //    alone: for templates with too many variants to compile them all on a user's Mac, e.g.
 //    "template [[host_name(\"name\")]] [[kernel]] decltype(f<half, 64>) f<half, 64>;".
@@ -120,7 +123,7 @@ struct Size {
 
 /// One kernel launch. Exactly one of `threads` and `threadgroups` is given.
 struct Launch {
-  const char* library;
+  std::string library;
   std::string kernel;
   std::string instantiation{};
   std::vector<Constant> constants{};

@@ -74,14 +74,24 @@ MTLCompileOptions* compile_options() {
   return options;
 }
 
-id<MTLLibrary> load(const EmbeddedLibrary& embedded, const std::string& instantiation,
-                    NSError** error) {
-  if (!embedded.metallib || !instantiation.empty()) {
-    const std::string source = embedded.source + instantiation;
-    return [device() newLibraryWithSource:[NSString stringWithUTF8String:source.c_str()]
-                                  options:compile_options()
-                                    error:error];
-  }
+/// The source without those lines of its table that are not `wanted`'s; all of it if that is "".
+std::string with_one_line(const std::string& source, const std::string& wanted) {
+  static const std::string kLine = "\nKVQ_CODEC(\"";
+  const size_t table = source.find(kLine);
+  if (wanted.empty() || table == std::string::npos) return source;
+  const size_t line = source.find(kLine + wanted + "\"", table);
+  TORCH_CHECK(line != std::string::npos, "[kvq.metal] no embedded Metal library has a line for ",
+              wanted);
+  return source.substr(0, table) + source.substr(line, source.find('\n', line + 1) - line) + "\n";
+}
+
+id<MTLLibrary> compile(const std::string& source, NSError** error) {
+  return [device() newLibraryWithSource:[NSString stringWithUTF8String:source.c_str()]
+                                options:compile_options()
+                                  error:error];
+}
+
+id<MTLLibrary> load(const EmbeddedLibrary& embedded, NSError** error) {
   dispatch_data_t data = dispatch_data_create(embedded.metallib, embedded.metallib_size, nullptr,
                                               DISPATCH_DATA_DESTRUCTOR_DEFAULT);
   id<MTLLibrary> library = [device() newLibraryWithData:data error:error];
@@ -137,12 +147,18 @@ class Cache {
     const std::string key = name + '\0' + instantiation;
     auto found = libraries_.find(key);
     if (found != libraries_.end()) return found->second;
-    const EmbeddedLibrary& embedded = find_embedded(name);
+    const size_t stem = std::min(name.find(':'), name.size());
+    const EmbeddedLibrary& embedded = find_embedded(name.substr(0, stem));
+    std::string source;
+    if (!embedded.metallib || !instantiation.empty()) {
+      const std::string line = name.substr(std::min(stem + 1, name.size()));
+      source = with_one_line(embedded.source, line) + instantiation;
+    }
     id<MTLLibrary> library = nil;
     std::string failure;
     @autoreleasepool {
       NSError* error = nil;
-      library = load(embedded, instantiation, &error);
+      library = source.empty() ? load(embedded, &error) : compile(source, &error);
       if (!library) failure = os_version() + ": " + message_of(error);
     }
     // Thrown after the pool: one that an exception passes through is not drained.

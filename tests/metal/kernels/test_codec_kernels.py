@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import resource
+import uuid
 from collections.abc import Callable, Iterator
 from types import ModuleType
 
@@ -304,9 +306,31 @@ def test_every_kernel_the_host_can_name_exists(software_device: ModuleType) -> N
     """Compares csrc/mps/names.mm, run on the software device, with the libraries."""
     expected = torch.ops.kvq_metal.expected_kernels()
     assert len(set(expected)) == len(expected)
-    held = {f"{lib}.{k}" for lib in LIBRARIES for k in torch.ops.kvq_metal.kernels(lib)}
+    libraries = {name.partition(".")[0] for name in expected}
+    held = {f"{lib}.{k}" for lib in libraries for k in torch.ops.kvq_metal.kernels(lib)}
     assert held == set(expected)
+    assert set(LIBRARIES) == {lib.partition(":")[0] for lib in libraries}
     assert set(LIBRARIES) <= set(torch.ops.kvq_metal.libraries())
+
+
+@pytest.mark.parametrize("library", ["affine:int4_g64", "turboquant:tq4", "append", "q4_k"])
+def test_compile_time(software_device: ModuleType, library: str) -> None:
+    """A library is compiled on the user's machine at first use: at most 2 s of clang here."""
+    stem, _, tag = library.partition(":")
+    lines = toolchain.flatten(METAL / f"{stem}.metal").splitlines(keepends=True)
+    text = "".join(
+        s for s in lines if not tag or not s.startswith('KVQ_CODEC("') or f'"{tag}"' in s
+    )
+    kernels = [instance.host_name for instance in toolchain.kernels(text).instances]
+    assert sorted(kernels) == sorted(torch.ops.kvq_metal.kernels(library))
+    toolchain.compile_library(text)  # builds the emulator's own parts, too
+    for _ in range(3):  # a neighbour on the same core slows clang, too
+        before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+        toolchain.compile_library(f"{text}// {uuid.uuid4()}\n")
+        seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
+        if seconds < 2.0:
+            return
+    pytest.fail(f"{library}: {seconds:.2f} s of clang")
 
 
 def test_one_dispatch_per_op(software_device: ModuleType) -> None:
