@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -102,8 +100,6 @@ def test_decode_matches_the_dequantised_values(kind, device):
 @pytest.mark.parametrize("cache_dtype", [torch.float32, torch.bfloat16])
 def test_keys_and_values_of_other_dtypes(cache_dtype, kind, device):
     """They are quantised as they are, in the cache's scales; attention's dtype is the query's."""
-    if device == "mps" and sys.platform != "darwin" and kind != "growing":
-        pytest.skip("one kind here: on the software device each compiles libraries of its own")
     key, value = tokens(9), tokens(9, 1).bfloat16()
     cache = make(device, dtype=cache_dtype, **KINDS[kind])
     for start, end in ((0, 6), (6, 8), (8, 9)):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import resource
-import uuid
 from collections.abc import Callable, Iterator
 from types import ModuleType
 
@@ -32,6 +30,7 @@ from torch_kvq.ops import Packed
 from .. import emulator, toolchain
 from . import codec_launch
 from .codec_launch import METAL, ROOT
+from .compile_time import check_compile_time
 
 MODES = ("fast", "race", "asan")
 LIBRARIES = (
@@ -313,7 +312,9 @@ def test_every_kernel_the_host_can_name_exists(software_device: ModuleType) -> N
     assert set(LIBRARIES) <= set(torch.ops.kvq_metal.libraries())
 
 
-@pytest.mark.parametrize("library", ["affine:int4_g64", "turboquant:tq4", "append", "q4_k"])
+@pytest.mark.parametrize(
+    "library", ["affine:int4_g64", "fp8:fp8_e4m3_g64", "turboquant:tq4", "append", "q4_k"]
+)
 def test_compile_time(software_device: ModuleType, library: str) -> None:
     """A library is compiled on the user's machine at first use: at most 2 s of clang here."""
     stem, _, tag = library.partition(":")
@@ -323,14 +324,7 @@ def test_compile_time(software_device: ModuleType, library: str) -> None:
     )
     kernels = [instance.host_name for instance in toolchain.kernels(text).instances]
     assert sorted(kernels) == sorted(torch.ops.kvq_metal.kernels(library))
-    toolchain.compile_library(text)  # builds the emulator's own parts, too
-    for _ in range(3):  # a neighbour on the same core slows clang, too
-        before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-        toolchain.compile_library(f"{text}// {uuid.uuid4()}\n")
-        seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
-        if seconds < 2.0:
-            return
-    pytest.fail(f"{library}: {seconds:.2f} s of clang")
+    check_compile_time(library, text)
 
 
 def test_one_dispatch_per_op(software_device: ModuleType) -> None:
